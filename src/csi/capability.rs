@@ -1,0 +1,94 @@
+//! What a volume can be used for, and the checks that every request shares.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::v1::VolumeCapability;
+use super::v1::volume_capability::AccessType;
+use super::v1::volume_capability::access_mode::Mode;
+use crate::spec::policy::Policy;
+use crate::spec::{Mount, parameters};
+use crate::volume::{Error, Kind, Result};
+
+/// The key by which the kubelet marks an inline volume (podInfoOnMount).
+const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
+
+/// Reads a volume's attributes and the mount options of its capability into a spec that the policy allows.
+pub fn mount_of(context: &HashMap<String, String>, capability: &VolumeCapability, policy: &Policy) -> Result<Mount> {
+    let options = match &capability.access_type {
+        Some(AccessType::Mount(mount)) => mount.mount_flags.as_slice(),
+        Some(AccessType::Block(_)) => {
+            return Err(invalid("volume_capability: block access is not supported: an image is a file system"));
+        }
+        None => return Err(invalid("volume_capability: an access type is required")),
+    };
+    let parsed = parameters::parse_attributes(context, options)?;
+    for warning in &parsed.warnings {
+        tracing::warn!("{warning}");
+    }
+    policy.check(&parsed.mount)?;
+    Ok(parsed.mount)
+}
+
+/// A volume that takes no writes offers no mode that promises them. Inline volumes are exempt: the kubelet names
+/// a writer's mode for all of them.
+pub fn check_access_mode(
+    mount: &Mount,
+    capability: &VolumeCapability,
+    context: &HashMap<String, String>,
+) -> Result<()> {
+    let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, |mode| mode.mode());
+    let reads_only = matches!(mode, Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly);
+    if mode == Mode::Unknown {
+        return Err(invalid("volume_capability: an access mode is required"));
+    }
+    if reads_only || mount.is_writable() || is_ephemeral(context) {
+        return Ok(());
+    }
+    Err(invalid(&format!(
+        "volume_capability: access mode {} promises writes, and this volume has no writable layer: use ReadOnlyMany, or \
+         an overlay",
+        mode.as_str_name()
+    )))
+}
+
+pub fn is_ephemeral(context: &HashMap<String, String>) -> bool {
+    context.get(EPHEMERAL).is_some_and(|value| value == "true")
+}
+
+/// The one capability of a request that must have one.
+pub fn required(capability: Option<VolumeCapability>) -> Result<VolumeCapability> {
+    capability.ok_or_else(|| invalid("volume_capability is required"))
+}
+
+/// A field that must not be empty.
+pub fn required_text<'a>(name: &str, value: &'a str) -> Result<&'a str> {
+    if value.is_empty() { Err(invalid(&format!("{name} is required"))) } else { Ok(value) }
+}
+
+/// A path that the kubelet names: absolute, and without `..`, so that one path has one name.
+pub fn required_path(name: &str, value: &str) -> Result<PathBuf> {
+    let path = Path::new(required_text(name, value)?);
+    if path.is_absolute() && !path.components().any(|part| part == std::path::Component::ParentDir) {
+        // Without trailing slashes and double slashes.
+        return Ok(path.components().collect());
+    }
+    Err(invalid(&format!("{name}: {path:?} is not an absolute path without '..'")))
+}
+
+pub fn invalid(message: &str) -> Error {
+    Error::new(Kind::InvalidArgument, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_has_one_name() {
+        assert_eq!(required_path("target_path", "/a//b/").unwrap(), Path::new("/a/b"));
+        for path in ["", "a/b", "/a/../b"] {
+            assert_eq!(required_path("target_path", path).unwrap_err().kind, Kind::InvalidArgument, "{path}");
+        }
+    }
+}

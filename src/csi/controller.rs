@@ -1,0 +1,139 @@
+//! The Controller service: volumes are references to images, so that creating one checks and deleting one forgets.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use tonic::{Request, Response};
+
+use super::capability::{check_access_mode, invalid, mount_of, required_text};
+use super::status::{Answer, answer};
+use super::v1::{
+    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
+    CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse,
+    ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume, VolumeCapability, controller_server,
+    controller_service_capability, validate_volume_capabilities_response,
+};
+use crate::spec::policy::Policy;
+use crate::spec::template;
+use crate::volume::{Error, Kind, Result};
+
+/// Creates and validates volumes without touching any server.
+pub struct Controller {
+    policy: Policy,
+    /// The volumes that this process created, by ID: all that tells a repeated request from a conflicting one.
+    created: Mutex<HashMap<String, Volume>>,
+}
+
+impl Controller {
+    pub fn new(policy: Policy) -> Self {
+        Controller { policy, created: Mutex::default() }
+    }
+
+    fn create(&self, request: CreateVolumeRequest) -> Result<Volume> {
+        let name = required_text("name", &request.name)?;
+        if request.volume_content_source.is_some() {
+            return Err(invalid("volume_content_source: a volume is a reference to an image and has no other source"));
+        }
+        let context: HashMap<_, _> = template::expand(&request.parameters)?.into_iter().collect();
+        self.check(&context, &request.volume_capabilities)?;
+        let range = request.capacity_range.unwrap_or_default();
+        if range.required_bytes < 0 || range.limit_bytes < 0 {
+            return Err(invalid("capacity_range: a size is not negative"));
+        }
+        if range.limit_bytes > 0 && range.limit_bytes < range.required_bytes {
+            return Err(Error::new(Kind::OutOfRange, "capacity_range: limit_bytes is less than required_bytes"));
+        }
+        // An image has the size it has: the size of the claim is given back so that claim and volume bind.
+        let volume =
+            Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context };
+        let mut created = self.created.lock().unwrap_or_else(PoisonError::into_inner);
+        match created.get(name) {
+            Some(existing) if *existing != volume => Err(Error::new(
+                Kind::AlreadyExists,
+                format!("volume {name} exists with another size or other parameters"),
+            )),
+            _ => {
+                created.insert(name.to_owned(), volume.clone());
+                Ok(volume)
+            }
+        }
+    }
+
+    /// Every capability must be one that a volume with this context has.
+    fn check(&self, context: &HashMap<String, String>, capabilities: &[VolumeCapability]) -> Result<()> {
+        if capabilities.is_empty() {
+            return Err(invalid("volume_capabilities is required"));
+        }
+        for capability in capabilities {
+            let mount = mount_of(context, capability, &self.policy)?;
+            check_access_mode(&mount, capability, context)?;
+        }
+        Ok(())
+    }
+
+    fn validate(&self, request: ValidateVolumeCapabilitiesRequest) -> Result<ValidateVolumeCapabilitiesResponse> {
+        let id = required_text("volume_id", &request.volume_id)?;
+        if request.volume_capabilities.is_empty() {
+            return Err(invalid("volume_capabilities is required"));
+        }
+        let known = self.created.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        let context = match known {
+            Some(volume) => volume.volume_context,
+            None if !request.volume_context.is_empty() => request.volume_context.clone(),
+            None => {
+                let message = format!("volume {id} is not known here: its volume_context is all there is of it");
+                return Err(Error::new(Kind::NotFound, message));
+            }
+        };
+        use validate_volume_capabilities_response::Confirmed;
+        Ok(match self.check(&context, &request.volume_capabilities) {
+            Ok(()) => ValidateVolumeCapabilitiesResponse {
+                confirmed: Some(Confirmed {
+                    volume_context: request.volume_context,
+                    volume_capabilities: request.volume_capabilities,
+                    parameters: request.parameters,
+                }),
+                message: String::new(),
+            },
+            Err(error) => ValidateVolumeCapabilitiesResponse { confirmed: None, message: error.message },
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl controller_server::Controller for Controller {
+    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
+        let request = request.into_inner();
+        let name = request.name.clone();
+        answer("CreateVolume", &name, async { Ok(CreateVolumeResponse { volume: Some(self.create(request)?) }) }).await
+    }
+
+    async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Answer<DeleteVolumeResponse> {
+        let id = request.into_inner().volume_id;
+        answer("DeleteVolume", &id, async {
+            let id = required_text("volume_id", &id)?;
+            self.created.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+            Ok(DeleteVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<ValidateVolumeCapabilitiesRequest>,
+    ) -> Answer<ValidateVolumeCapabilitiesResponse> {
+        let request = request.into_inner();
+        let id = request.volume_id.clone();
+        answer("ValidateVolumeCapabilities", &id, async { self.validate(request) }).await
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<ControllerGetCapabilitiesRequest>,
+    ) -> Answer<ControllerGetCapabilitiesResponse> {
+        use controller_service_capability::{Rpc, Type, rpc};
+        let capabilities = [rpc::Type::CreateDeleteVolume, rpc::Type::SingleNodeMultiWriter]
+            .map(|rpc| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: rpc.into() })) });
+        Ok(Response::new(ControllerGetCapabilitiesResponse { capabilities: capabilities.into() }))
+    }
+}

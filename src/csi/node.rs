@@ -1,0 +1,151 @@
+//! The Node service.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response};
+
+use super::capability::{check_access_mode, is_ephemeral, mount_of, required, required_path, required_text};
+use super::status::{Answer, answer};
+use super::v1::volume_usage::Unit;
+use super::v1::{
+    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
+    NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest,
+    NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeCondition, VolumeUsage,
+    node_server, node_service_capability,
+};
+use crate::spec::policy::Policy;
+use crate::volume::{Publication, Stats, Usage, Volumes};
+
+/// Serves the volumes of this node.
+pub struct Node {
+    pub node_id: String,
+    pub policy: Policy,
+    pub volumes: Arc<Volumes>,
+}
+
+#[tonic::async_trait]
+impl node_server::Node for Node {
+    async fn node_stage_volume(&self, request: Request<NodeStageVolumeRequest>) -> Answer<NodeStageVolumeResponse> {
+        let request = request.into_inner();
+        let id = request.volume_id.clone();
+        answer("NodeStageVolume", &id, async {
+            let id = required_text("volume_id", &id)?;
+            required_path("staging_target_path", &request.staging_target_path)?;
+            let capability = required(request.volume_capability)?;
+            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
+            check_access_mode(&mount, &capability, &request.volume_context)?;
+            self.volumes.stage(id, &mount).await?;
+            Ok(NodeStageVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        request: Request<NodeUnstageVolumeRequest>,
+    ) -> Answer<NodeUnstageVolumeResponse> {
+        let request = request.into_inner();
+        answer("NodeUnstageVolume", &request.volume_id, async {
+            let id = required_text("volume_id", &request.volume_id)?;
+            required_path("staging_target_path", &request.staging_target_path)?;
+            self.volumes.unstage(id).await?;
+            Ok(NodeUnstageVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Answer<NodePublishVolumeResponse> {
+        let request = request.into_inner();
+        let id = request.volume_id.clone();
+        answer("NodePublishVolume", &id, async {
+            let volume_id = required_text("volume_id", &id)?.to_owned();
+            let target = required_path("target_path", &request.target_path)?;
+            let ephemeral = is_ephemeral(&request.volume_context);
+            if !ephemeral {
+                required_path("staging_target_path", &request.staging_target_path)?;
+            }
+            let capability = required(request.volume_capability)?;
+            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
+            if !request.readonly {
+                check_access_mode(&mount, &capability, &request.volume_context)?;
+            }
+            let publication = Publication { volume_id, target, mount, read_only: request.readonly };
+            self.volumes.publish(publication, !ephemeral).await?;
+            Ok(NodePublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Answer<NodeUnpublishVolumeResponse> {
+        let request = request.into_inner();
+        answer("NodeUnpublishVolume", &request.volume_id, async {
+            let id = required_text("volume_id", &request.volume_id)?;
+            let target = required_path("target_path", &request.target_path)?;
+            self.volumes.unpublish(id, &target).await?;
+            Ok(NodeUnpublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Answer<NodeGetVolumeStatsResponse> {
+        let request = request.into_inner();
+        answer("NodeGetVolumeStats", &request.volume_id, async {
+            let id = required_text("volume_id", &request.volume_id)?;
+            let path = required_path("volume_path", &request.volume_path)?;
+            Ok(stats_answer(self.volumes.stats(id, &path).await?))
+        })
+        .await
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Answer<NodeGetCapabilitiesResponse> {
+        use node_service_capability::{Rpc, Type, rpc};
+        let capabilities = [
+            rpc::Type::StageUnstageVolume,
+            rpc::Type::GetVolumeStats,
+            rpc::Type::VolumeCondition,
+            rpc::Type::SingleNodeMultiWriter,
+        ]
+        .map(|rpc| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: rpc.into() })) });
+        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: capabilities.into() }))
+    }
+
+    async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Answer<NodeGetInfoResponse> {
+        Ok(Response::new(NodeGetInfoResponse { node_id: self.node_id.clone(), max_volumes_per_node: 0 }))
+    }
+}
+
+fn stats_answer(stats: Option<Stats>) -> NodeGetVolumeStatsResponse {
+    let Some(Stats { bytes, inodes }) = stats else {
+        let message = "the volume is published here but not mounted any more: delete the pod to mount it again";
+        return NodeGetVolumeStatsResponse {
+            usage: Vec::new(),
+            volume_condition: Some(VolumeCondition { abnormal: true, message: message.into() }),
+        };
+    };
+    let usage = |usage: Usage, unit: Unit| {
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        VolumeUsage {
+            available: number(usage.available),
+            total: number(usage.total),
+            used: number(usage.used),
+            unit: unit.into(),
+        }
+    };
+    NodeGetVolumeStatsResponse {
+        usage: vec![usage(bytes, Unit::Bytes), usage(inodes, Unit::Inodes)],
+        volume_condition: Some(VolumeCondition { abnormal: false, message: "mounted".into() }),
+    }
+}

@@ -1,0 +1,50 @@
+//! The one place where errors become gRPC codes, and where every call is logged.
+
+use std::time::Instant;
+
+use tonic::{Code, Response, Status};
+use tracing::Instrument;
+
+use crate::volume::{self, Kind};
+
+/// What every method of the services returns.
+pub type Answer<T> = Result<Response<T>, Status>;
+
+/// Runs one call in a span of its own and logs how it ended. `about` names the volume or path; no secret is ever part of it.
+pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Output = volume::Result<T>>) -> Answer<T> {
+    let span = tracing::info_span!("call", method, about);
+    let start = Instant::now();
+    async move {
+        let outcome = call.await;
+        let milliseconds = start.elapsed().as_millis();
+        match outcome {
+            Ok(answer) => {
+                tracing::info!(milliseconds, "done");
+                Ok(Response::new(answer))
+            }
+            Err(error) => {
+                let code = code(error.kind);
+                tracing::warn!(milliseconds, ?code, %error, "failed");
+                Err(Status::new(code, error.message))
+            }
+        }
+    }
+    .instrument(span)
+    .await
+}
+
+fn code(kind: Kind) -> Code {
+    match kind {
+        Kind::InvalidArgument => Code::InvalidArgument,
+        Kind::PermissionDenied => Code::PermissionDenied,
+        Kind::NotFound => Code::NotFound,
+        Kind::AlreadyExists => Code::AlreadyExists,
+        Kind::FailedPrecondition => Code::FailedPrecondition,
+        Kind::OutOfRange => Code::OutOfRange,
+        Kind::ResourceExhausted => Code::ResourceExhausted,
+        Kind::Unavailable => Code::Unavailable,
+        Kind::DeadlineExceeded => Code::DeadlineExceeded,
+        Kind::Aborted => Code::Aborted,
+        Kind::Internal => Code::Internal,
+    }
+}

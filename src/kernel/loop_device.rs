@@ -1,0 +1,224 @@
+//! Loop devices (loop(4)): found, attached and recognised by ioctl alone.
+//!
+//! Every device is read-only, carries this driver's [`Tag`] from the ioctl that attaches it, and is freed by the kernel with its last
+//! user (`LO_FLAGS_AUTOCLEAR`): an open [`LoopDevice`] is a user, a mounted file system is one.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use linux_raw_sys::loop_device::{
+    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, loop_config,
+    loop_info64,
+};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::error::{Error, Result};
+use super::image::{Identity, Image};
+
+/// How often an attach is tried again when another process took the device, or the device node is not there yet.
+const ATTEMPTS: usize = 64;
+
+/// Whose device it is: the mark of one driver name in `lo_file_name`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tag(String);
+
+impl Tag {
+    /// Drivers of different names on one node never touch each other's devices.
+    pub fn new(driver_name: &str) -> Self {
+        let digest = Sha256::digest(driver_name.as_bytes());
+        let digest: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        Tag(format!("csi-squashfs:{digest}"))
+    }
+
+    /// The whole name: at most 55 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
+    fn name(&self, image: &Identity) -> String {
+        format!("{}:{:x}:{:x}", self.0, image.size, image.changed)
+    }
+
+    fn read(&self, info: &loop_info64) -> Option<Identity> {
+        let name = info.lo_file_name.split(|&byte| byte == 0).next()?;
+        let rest = std::str::from_utf8(name).ok()?.strip_prefix(&self.0)?.strip_prefix(':')?;
+        let (size, changed) = rest.split_once(':')?;
+        Some(Identity {
+            device: info.lo_device,
+            inode: info.lo_inode,
+            size: u64::from_str_radix(size, 16).ok()?,
+            changed: u64::from_str_radix(changed, 16).ok()?,
+        })
+    }
+}
+
+/// A loop device of this driver, held open.
+#[derive(Debug)]
+pub struct LoopDevice {
+    number: u32,
+    _fd: OwnedFd,
+}
+
+impl LoopDevice {
+    /// The N of `/dev/loopN`.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub fn path(&self) -> PathBuf {
+        device_path(self.number)
+    }
+
+    /// The device of this image: the one that has it already, or a new one.
+    ///
+    /// Two threads must not call this for one image at a time, or it gets two devices.
+    pub fn of(image: &Image, tag: &Tag) -> Result<Self> {
+        for attached in list(tag)? {
+            if attached.identity == image.identity {
+                return Ok(attached.device);
+            }
+        }
+        Self::attach(image, tag)
+    }
+
+    fn attach(image: &Image, tag: &Tag) -> Result<Self> {
+        let control = File::open("/dev/loop-control").map_err(|error| {
+            Error::new("open /dev/loop-control", Errno::from_io_error(&error).unwrap_or(Errno::NOENT))
+                .with_hint("try 'modprobe loop' on the node, and see that the driver has the host's /dev")
+        })?;
+        let mut config = loop_config {
+            fd: image.file.as_raw_fd() as u32,
+            block_size: 0,
+            // SAFETY: an integer-only C struct, for which all zeroes is a value.
+            info: unsafe { std::mem::zeroed() },
+            __reserved: [0; 8],
+        };
+        config.info.lo_flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
+        let name = tag.name(&image.identity);
+        config.info.lo_file_name[..name.len()].copy_from_slice(name.as_bytes());
+
+        let mut last = Errno::BUSY;
+        for _ in 0..ATTEMPTS {
+            let number = free_number(&control)?;
+            match configure(number, &config) {
+                Ok(fd) => return Ok(LoopDevice { number, _fd: fd }),
+                Err(errno @ Errno::BUSY) => last = errno,
+                // The node appears, and is let go of by those who look at every new device, a moment later.
+                Err(errno @ (Errno::AGAIN | Errno::NOENT | Errno::NXIO | Errno::ACCESS)) => {
+                    last = errno;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(errno) => return Err(Error::new(format!("attach the image to /dev/loop{number}"), errno)),
+            }
+        }
+        let error = Error::new("attach the image to a loop device", last);
+        Err(match last {
+            Errno::NOENT => {
+                error.with_hint("a new device does not appear in /dev: does the driver have the host's /dev?")
+            }
+            _ => error,
+        })
+    }
+}
+
+/// A device of this driver, as the kernel describes it.
+#[derive(Debug)]
+pub struct Attached {
+    pub device: LoopDevice,
+    pub identity: Identity,
+}
+
+/// All devices that carry `tag`, by number. Each is held open while the answer lives.
+pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
+    let mut attached: Vec<_> = bound_numbers()?.into_iter().filter_map(|number| inspect(number, tag)).collect();
+    attached.sort_by_key(|attached| attached.device.number);
+    Ok(attached)
+}
+
+/// The path of the backing file, as the kernel shows it: relative to the root of the mount it was opened on.
+pub fn backing_file(number: u32) -> Option<String> {
+    let path = std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
+    Some(path.trim_end_matches('\n').to_owned())
+}
+
+/// The number of the device `tag` marks, if it is attached and ours.
+fn inspect(number: u32, tag: &Tag) -> Option<Attached> {
+    let fd = open(number).ok()?;
+    // SAFETY: an integer-only C struct, for which all zeroes is a value.
+    let mut info: loop_info64 = unsafe { std::mem::zeroed() };
+    // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
+    unsafe {
+        rustix::ioctl::ioctl(fd.as_fd(), rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info))
+    }
+    .ok()?;
+    let identity = tag.read(&info)?;
+    Some(Attached { device: LoopDevice { number, _fd: fd }, identity })
+}
+
+/// The devices that have a file: only they have a `loop` directory.
+fn bound_numbers() -> Result<Vec<u32>> {
+    let entries = std::fs::read_dir("/sys/block")
+        .map_err(|error| Error::new("list /sys/block", Errno::from_io_error(&error).unwrap_or(Errno::NOENT)))?;
+    let number = |entry: std::fs::DirEntry| {
+        let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
+        entry.path().join("loop").exists().then_some(number)
+    };
+    Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
+}
+
+fn free_number(control: &File) -> Result<u32> {
+    // SAFETY: LOOP_CTL_GET_FREE takes no argument and returns the number of a device.
+    let answer = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
+    u32::try_from(answer).map_err(|_| {
+        let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::NODEV);
+        Error::new("find a free loop device (LOOP_CTL_GET_FREE)", errno)
+    })
+}
+
+fn configure(number: u32, config: &loop_config) -> std::result::Result<OwnedFd, Errno> {
+    let fd = open(number)?;
+    // SAFETY: LOOP_CONFIGURE reads one loop_config.
+    unsafe { rustix::ioctl::ioctl(fd.as_fd(), rustix::ioctl::Setter::<{ LOOP_CONFIGURE as _ }, _>::new(*config)) }?;
+    Ok(fd)
+}
+
+/// Read-only: a writer would keep the kernel from mounting the device.
+fn open(number: u32) -> std::result::Result<OwnedFd, Errno> {
+    rustix::fs::open(device_path(number), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
+fn device_path(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/loop{number}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(name: &str) -> loop_info64 {
+        // SAFETY: an integer-only C struct, for which all zeroes is a value.
+        let mut info: loop_info64 = unsafe { std::mem::zeroed() };
+        info.lo_file_name[..name.len()].copy_from_slice(name.as_bytes());
+        (info.lo_device, info.lo_inode) = (5, 7);
+        info
+    }
+
+    #[test]
+    fn the_largest_identity_fits_into_the_name_and_is_read_back() {
+        let identity = Identity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
+        let tag = Tag::new("squashfs.csi.dev");
+        let name = tag.name(&identity);
+        assert!(name.len() < 64, "{name}");
+        assert_eq!(tag.read(&info(&name)), Some(identity));
+    }
+
+    #[test]
+    fn a_foreign_device_is_not_ours() {
+        let identity = Identity { device: 5, inode: 7, size: 1, changed: 2 };
+        let name = Tag::new("a.example.org").name(&identity);
+        assert_eq!(Tag::new("b.example.org").read(&info(&name)), None);
+        for name in ["", "/var/lib/images/a.img", "csi-squashfs:", "csi-squashfs:00000000:x:y"] {
+            assert_eq!(Tag::new("b.example.org").read(&info(name)), None, "{name}");
+        }
+    }
+}

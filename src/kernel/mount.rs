@@ -1,0 +1,208 @@
+//! The mount API of fsopen(2), fsmount(2), open_tree(2) and move_mount(2).
+//!
+//! A mount is a value: a [`DetachedMount`] nobody can see, gone when dropped, until [`DetachedMount::attach`] puts it in
+//! its place as the last step.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+pub use rustix::mount::MountAttrFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+
+use super::error::{Doing, Error, Result};
+
+/// The attributes of every mount of this driver (mount_setattr(2)).
+pub const CONFINED: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
+
+/// A file system being configured (fsopen(2)).
+pub struct FsContext {
+    fd: OwnedFd,
+    what: String,
+}
+
+impl FsContext {
+    /// `what` names the mount in errors: `squashfs on /dev/loop3`.
+    pub fn new(fs_type: &str, what: impl Into<String>) -> Result<Self> {
+        let what = what.into();
+        match rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(fd) => Ok(FsContext { fd, what }),
+            Err(Errno::NODEV) => Err(Error::new(format!("mount {what}"), Errno::NODEV)
+                .with_hint(format!("this kernel has no {fs_type}: try 'modprobe {fs_type}' on the node"))),
+            Err(errno) => Err(Error::new(format!("mount {what}"), errno)),
+        }
+    }
+
+    /// Sets `key=value`; the value may hold any byte but NUL, and at most 255 of them: more the kernel does not read.
+    pub fn set(&self, key: &str, value: &str) -> Result<()> {
+        if value.len() > 255 {
+            return Err(Error::new(format!("mount {}", self.what), Errno::NAMETOOLONG)
+                .with_hint(format!("the kernel takes at most 255 bytes for '{key}', this is {}", value.len())));
+        }
+        rustix::mount::fsconfig_set_string(&self.fd, key, value).map_err(|errno| self.error(errno))
+    }
+
+    /// Sets an option that has no value.
+    pub fn set_flag(&self, key: &str) -> Result<()> {
+        rustix::mount::fsconfig_set_flag(&self.fd, key).map_err(|errno| self.error(errno))
+    }
+
+    /// Finds or creates the superblock, and a mount of it that is attached nowhere.
+    pub fn mount(self, attributes: MountAttrFlags) -> Result<DetachedMount> {
+        rustix::mount::fsconfig_create(&self.fd)
+            .and_then(|()| rustix::mount::fsmount(&self.fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes))
+            .map(|fd| DetachedMount { fd })
+            .map_err(|errno| self.error(errno))
+    }
+
+    fn error(&self, errno: Errno) -> Error {
+        Error::new(format!("mount {}", self.what), errno).with_log(self.log())
+    }
+
+    /// The lines that the kernel left on this context: one a read, without their `e ` (error) or `w ` (warning) mark.
+    fn log(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut line = [0; 1024];
+        while let Ok(length @ 1..) = rustix::io::read(&self.fd, &mut line) {
+            let text = String::from_utf8_lossy(&line[..length]);
+            let text = text.trim_end();
+            lines.push(text.split_once(' ').map_or(text, |(_, rest)| rest).to_owned());
+        }
+        lines
+    }
+}
+
+/// A mount that is attached nowhere and goes with its file descriptor, unless something else holds it.
+#[derive(Debug)]
+pub struct DetachedMount {
+    fd: OwnedFd,
+}
+
+impl AsFd for DetachedMount {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl DetachedMount {
+    /// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added.
+    pub fn bind(directory: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> Result<Self> {
+        let mut flags =
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        if recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let fd = rustix::mount::open_tree(directory, "", flags).doing(|| "clone a mount (open_tree)".into())?;
+        set_attributes(fd.as_fd(), attributes, recursive)?;
+        Ok(DetachedMount { fd })
+    }
+
+    /// Adds attributes to this mount alone.
+    pub fn restrict(&self, attributes: MountAttrFlags) -> Result<()> {
+        set_attributes(self.fd.as_fd(), attributes, false)
+    }
+
+    /// Puts the mount on top of the directory behind `target`.
+    pub fn attach(&self, target: impl AsFd) -> Result<()> {
+        rustix::mount::move_mount(
+            &self.fd,
+            "",
+            target,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .doing(|| "attach a mount (move_mount)".into())
+    }
+}
+
+/// Adds `attributes` to a mount and, if asked, to all below it (mount_setattr(2), Linux 5.12).
+fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttrFlags, recursive: bool) -> Result<()> {
+    let argument = libc::mount_attr { attr_set: attributes.bits().into(), attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the kernel reads an empty C string and one mount_attr of the size given, and writes nothing.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const argument,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if answer == 0 {
+        return Ok(());
+    }
+    let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
+    Err(Error::new("set the attributes of a mount (mount_setattr)", errno))
+}
+
+/// Opens a directory without following a symlink in its last component, for use as a mount's target or base.
+pub fn open_directory(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).doing(|| format!("open directory {}", path.display()))
+}
+
+/// Opens the directory `path` of the mount behind `base`, which it cannot leave (openat2(2)). An empty path is the base itself.
+pub fn open_directory_beneath(base: impl AsFd, path: &str, symlinks: Symlinks) -> Result<OwnedFd> {
+    let path = if path.is_empty() { "." } else { path };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat2(base, path, flags, Mode::empty(), symlinks.resolve())
+        .doing(|| format!("open directory {path}"))
+        .map_err(explain_escape)
+}
+
+/// Whether a path that is opened below a base may go through symlinks; they can never lead out of the base.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Symlinks {
+    Inside,
+    Refused,
+}
+
+impl Symlinks {
+    pub(super) fn resolve(self) -> ResolveFlags {
+        match self {
+            Symlinks::Inside => ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
+            Symlinks::Refused => ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+        }
+    }
+}
+
+/// Puts words to the two errors by which openat2(2) refuses to leave a base.
+pub(super) fn explain_escape(error: Error) -> Error {
+    match error.errno() {
+        Errno::XDEV => error.with_hint("the path leads out of its base (an absolute symlink or '..')"),
+        Errno::LOOP => error.with_hint("the path goes through a symlink that may not be followed"),
+        _ => error,
+    }
+}
+
+/// Whether a mount is attached at `path` (statx(2), `STATX_ATTR_MOUNT_ROOT`). A path that does not exist is not a mount.
+pub fn is_mount(path: &Path) -> Result<bool> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    match rustix::fs::statx(CWD, path, flags, StatxFlags::empty()) {
+        Ok(statx) => Ok(statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(errno) => Err(Error::new(format!("look at {}", path.display()), errno)),
+    }
+}
+
+/// Takes off every mount that is attached at `path`, uppermost first, and returns how many there were.
+///
+/// The path is not looked at first: umount2(2) asks no file server, a look might. A mount that is busy in this
+/// namespace is detached, so that the name is free at once; the kernel releases it with its last user.
+pub fn unmount_all(path: &Path) -> Result<usize> {
+    let mut count = 0;
+    loop {
+        let answer = match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) => rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
+            answer => answer,
+        };
+        match answer {
+            Ok(()) => count += 1,
+            Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => return Ok(count),
+            Err(errno) => return Err(Error::new(format!("unmount {}", path.display()), errno)),
+        }
+    }
+}

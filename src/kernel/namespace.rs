@@ -1,0 +1,88 @@
+//! A mount namespace of the driver's own, out of the host's sight (mount_namespaces(7)).
+//!
+//! NFS mounts are attached here, and overlays are put together here: before Linux 6.15 the kernel clones and stacks only mounts that
+//! are attached somewhere. The namespace goes with the process, whatever ends it, and every mount in it with it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+
+use super::error::{Doing, Error, Result};
+use super::mount::{FsContext, MountAttrFlags};
+use super::mountinfo::{self, MountInfo};
+
+/// A namespace that holds one empty tmpfs as its root and whatever the driver attaches to it.
+pub struct PrivateNamespace {
+    fd: OwnedFd,
+}
+
+impl PrivateNamespace {
+    pub fn new() -> Result<Self> {
+        let fd = in_new_thread(create)??;
+        Ok(PrivateNamespace { fd })
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace; its current directory is the root, an empty tmpfs to make
+    /// mount points in.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        in_new_thread(|| {
+            unshare(UnshareFlags::FS)?;
+            rustix::thread::move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Mount))
+                .doing(|| "enter the driver's mount namespace".into())?;
+            Ok(work())
+        })?
+    }
+}
+
+fn create() -> Result<OwnedFd> {
+    unshare(UnshareFlags::FS | UnshareFlags::NEWNS)?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).doing(|| "make the driver's mount namespace private".into())?;
+    let fd = rustix::fs::open("/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .doing(|| "open /proc/thread-self/ns/mnt".into())?;
+    drop_mounts()?;
+
+    let root = FsContext::new("tmpfs", "tmpfs in the driver's mount namespace")?;
+    root.set("mode", "0700")?;
+    let root = root.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC)?;
+    rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .doing(|| "attach the root of the driver's mount namespace".into())?;
+    Ok(fd)
+}
+
+/// Lets go of the copies of the host's mounts, which would keep them busy for as long as the driver lives.
+fn drop_mounts() -> Result<()> {
+    let mounts = mountinfo::read_thread()?;
+    let roots: Vec<u64> = mounts.iter().filter(|mount| mount.mount_point == "/").map(|mount| mount.id).collect();
+    let below_a_root = |mount: &&MountInfo| roots.contains(&mount.parent) && mount.mount_point != "/";
+    for mount in mounts.iter().rev().filter(below_a_root) {
+        match rustix::mount::unmount(&mount.mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // Gone with its parent, or hidden below another mount.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => {}
+            Err(errno) => {
+                let action = format!("unmount {} in the driver's mount namespace", mount.mount_point);
+                return Err(Error::new(action, errno));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unshare(flags: UnshareFlags) -> Result<()> {
+    // SAFETY: no flag shares less of the file descriptor table, which is all that is unsafe about unshare(2).
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+        .map_err(|errno| Error::new("unshare a mount namespace", errno).with_hint("this needs root with CAP_SYS_ADMIN"))
+}
+
+fn in_new_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("namespace".into()).stack_size(256 * 1024).spawn_scoped(scope, work);
+        let thread = thread
+            .map_err(|error| Error::new("start a thread", Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}

@@ -1,0 +1,220 @@
+//! From the fields that were read to a [`Mount`]: everything that their types do not say.
+
+use super::PARAMETER;
+use crate::spec::{
+    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, Mount, Nfs, NfsVersion, Overlay, Upper,
+    error::SpecError,
+    mount_options::MountOptions,
+    options, quantity,
+    read::Object,
+    text,
+    wire::{self, AttachOption, DeviceKind, MountKind, UpperKind},
+};
+
+pub(super) struct Reader<'a> {
+    options: &'a MountOptions,
+    pub warnings: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(options: &'a MountOptions) -> Reader<'a> {
+        Reader { options, warnings: Vec::new() }
+    }
+
+    /// `at` is the mount's JSON pointer, `depth` counts mounts from 1.
+    pub fn mount(&mut self, at: &str, Object(wire): Object<wire::Mount>, depth: usize) -> Result<Mount, SpecError> {
+        if depth > MAX_DEPTH {
+            let message = format!("nested too deeply: at most {MAX_DEPTH} mounts inside each other");
+            return Err(invalid(at, "", message));
+        }
+        let returned = [("mountpoint", wire.mountpoint.is_some()), ("refs", wire.refs.is_some())];
+        self.identity(at, wire.id.is_some(), &returned)?;
+        let kind = match wire.kind {
+            MountKind::Attach => "attach",
+            MountKind::Bind => "bind",
+            MountKind::Nfs => "nfs",
+            MountKind::Overlay => "overlay",
+        };
+        let objects = [
+            ("attach", wire.attach.is_some()),
+            ("bind", wire.bind.is_some()),
+            ("nfs", wire.nfs.is_some()),
+            ("overlay", wire.overlay.is_some()),
+        ];
+        one_object(at, kind, &objects)?;
+        let inside = format!("{at}/{kind}");
+        match (wire.attach, wire.bind, wire.nfs, wire.overlay) {
+            (Some(attach), ..) => self.attach(&inside, attach, depth).map(Mount::Attach),
+            (_, Some(bind), ..) => self.bind(&inside, bind, depth).map(Mount::Bind),
+            (_, _, Some(nfs), _) => self.nfs(&inside, nfs).map(Mount::Nfs),
+            (.., Some(overlay)) => self.overlay(&inside, overlay, depth).map(Mount::Overlay),
+            _ => Err(missing_object(at, kind)),
+        }
+    }
+
+    fn nfs(&mut self, at: &str, Object(wire): Object<wire::MountNfs>) -> Result<Nfs, SpecError> {
+        let version = wire.version.as_deref().map(NfsVersion::parse).transpose();
+        let mut own = Vec::new();
+        for (index, option) in wire.options.iter().enumerate() {
+            let below = format!("/options/{index}");
+            own.push(options::parse(option).map_err(wrong(at, &below))?);
+        }
+        Ok(Nfs {
+            host: text::host(&wire.host).map_err(wrong(at, "/host"))?,
+            path: text::absolute(&wire.path).map_err(wrong(at, "/path"))?,
+            read_only: wire.ro || self.options.read_only,
+            version: version.and_then(|version| self.options.version_for(version)).map_err(wrong(at, "/version"))?,
+            options: self.options.merge_into(own).map_err(wrong(at, "/options"))?,
+        })
+    }
+
+    fn attach(&mut self, at: &str, Object(wire): Object<wire::MountAttach>, depth: usize) -> Result<Attach, SpecError> {
+        Ok(Attach {
+            fs_type: wire.fs_type,
+            no_exec: self.options.no_exec || wire.mount_options.contains(&AttachOption::NoExec),
+            device: self.device(&format!("{at}/attach"), wire.attach, depth)?,
+        })
+    }
+
+    fn device(&mut self, at: &str, Object(wire): Object<wire::Device>, depth: usize) -> Result<Device, SpecError> {
+        let returned = [("device_file", wire.device_file.is_some()), ("refs", wire.refs.is_some())];
+        self.identity(at, wire.id.is_some(), &returned)?;
+        let kind = match wire.kind {
+            DeviceKind::Loopback => "loopback",
+            DeviceKind::Local => "local",
+        };
+        one_object(at, kind, &[("loopback", wire.loopback.is_some()), ("local", wire.local.is_some())])?;
+        let inside = format!("{at}/{kind}");
+        match (wire.loopback, wire.local) {
+            (Some(loopback), _) => self.loopback(&inside, loopback, depth).map(Device::Loopback),
+            (_, Some(Object(local))) => {
+                let path = text::device(&local.path);
+                Ok(Device::Local { path: path.map_err(wrong(&inside, "/path"))? })
+            }
+            _ => Err(missing_object(at, kind)),
+        }
+    }
+
+    fn loopback(
+        &mut self,
+        at: &str,
+        Object(wire): Object<wire::Loopback>,
+        depth: usize,
+    ) -> Result<Loopback, SpecError> {
+        if wire.read_partitions {
+            return Err(invalid(at, "/readPartitions", "partition tables are not read: only false is allowed"));
+        }
+        let path = text::relative(&wire.path).map_err(wrong(at, "/path"))?;
+        if path.is_empty() {
+            return Err(invalid(at, "/path", "names no file: the path of the image below the base"));
+        }
+        Ok(Loopback { path, base: self.base(at, wire.base, wire.mount, depth)? })
+    }
+
+    fn bind(&mut self, at: &str, Object(wire): Object<wire::MountBind>, depth: usize) -> Result<Bind, SpecError> {
+        Ok(Bind {
+            path: text::relative(&wire.path).map_err(wrong(at, "/path"))?,
+            base: self.base(at, wire.base, wire.mount, depth)?,
+            recursive: wire.recursive,
+            read_only: wire.ro,
+        })
+    }
+
+    fn base(
+        &mut self,
+        at: &str,
+        base: wire::Base,
+        mount: Option<Box<Object<wire::Mount>>>,
+        depth: usize,
+    ) -> Result<Base, SpecError> {
+        match (base, mount) {
+            (wire::Base::Root, None) => Ok(Base::Root),
+            (wire::Base::Root, Some(_)) => {
+                Err(invalid(at, "/mount", "the base is \"root\": a mount does not belong here"))
+            }
+            (wire::Base::Mount, None) => Err(invalid(at, "", "the base is \"mount\": missing field \"mount\"")),
+            (wire::Base::Mount, Some(mount)) => {
+                let mount = self.mount(&format!("{at}/mount"), *mount, depth + 1)?;
+                Ok(Base::Mount(Box::new(mount)))
+            }
+        }
+    }
+
+    fn overlay(
+        &mut self,
+        at: &str,
+        Object(wire): Object<wire::MountOverlay>,
+        depth: usize,
+    ) -> Result<Overlay, SpecError> {
+        if depth > 1 {
+            let message = "an overlay can only be the outermost mount: list all its layers in one \"lower\"";
+            return Err(invalid(at, "", message));
+        }
+        let returned = [("upperdir", wire.upperdir.is_some()), ("workdir", wire.workdir.is_some())];
+        self.identity(at, false, &returned)?;
+        if wire.lower.is_empty() || wire.lower.len() > MAX_LOWER {
+            let message = format!("{} layers: from 1 to {MAX_LOWER} are allowed", wire.lower.len());
+            return Err(invalid(at, "/lower", message));
+        }
+        let mut lower: Vec<Mount> = Vec::new();
+        for (index, layer) in wire.lower.into_iter().enumerate() {
+            let here = format!("{at}/lower/{index}");
+            let layer = self.mount(&here, layer, depth + 1)?;
+            if let Some(same) = lower.iter().position(|other| *other == layer) {
+                // The kernel answers ELOOP.
+                return Err(invalid(&here, "", format!("the same layer as /overlay/lower/{same}")));
+            }
+            lower.push(layer);
+        }
+        Ok(Overlay { lower, upper: wire.upper.map_or(Ok(Upper::default()), |wire| upper(at, &wire.0))? })
+    }
+
+    /// Refuses a reference, and warns of fields that only the ImageAPI writes.
+    fn identity(&mut self, at: &str, id: bool, returned: &[(&str, bool)]) -> Result<(), SpecError> {
+        if id {
+            return Err(invalid(at, "/id", "references are not supported: embed the object itself"));
+        }
+        for (field, _) in returned.iter().filter(|(_, present)| *present) {
+            self.warnings.push(format!("{PARAMETER}{at}/{field}: ignored: only the ImageAPI sets it"));
+        }
+        Ok(())
+    }
+}
+
+fn upper(at: &str, wire: &wire::Upper) -> Result<Upper, SpecError> {
+    match (wire.kind, &wire.size) {
+        (UpperKind::Directory, None) => Ok(Upper::Directory),
+        (UpperKind::None, None) => Ok(Upper::None),
+        (UpperKind::Tmpfs, Some(size)) => {
+            let size = quantity::bytes(size);
+            Ok(Upper::Tmpfs { size: size.map_err(wrong(at, "/upper/size"))? })
+        }
+        (UpperKind::Tmpfs, None) => {
+            Err(invalid(at, "/upper", "missing field \"size\": the most the tmpfs may hold, such as 256Mi"))
+        }
+        (_, Some(_)) => Err(invalid(at, "/upper/size", "only the kind \"tmpfs\" has a size")),
+    }
+}
+
+fn one_object(at: &str, kind: &str, objects: &[(&str, bool)]) -> Result<(), SpecError> {
+    match objects.iter().find(|(name, present)| *present && *name != kind) {
+        Some((other, _)) => {
+            let message = format!("the kind is \"{kind}\": an object \"{other}\" does not belong here");
+            Err(invalid(at, &format!("/{other}"), message))
+        }
+        None => Ok(()),
+    }
+}
+
+fn missing_object(at: &str, kind: &str) -> SpecError {
+    invalid(at, "", format!("the kind is \"{kind}\": missing object \"{kind}\""))
+}
+
+/// Gives a message the place that it is about.
+fn wrong(at: &str, below: &str) -> impl Fn(String) -> SpecError {
+    move |message| invalid(at, below, message)
+}
+
+fn invalid(at: &str, below: &str, message: impl AsRef<str>) -> SpecError {
+    SpecError::invalid(PARAMETER, &format!("{at}{below}"), message)
+}

@@ -1,0 +1,225 @@
+//! What a user may ask for: the typed mount spec, and the texts it is read from. Pure: nothing here does I/O.
+//!
+//! A volume names its mount in one of two forms: the JSON `mount` object of the Kraken ImageAPI ([`json`]) or flat
+//! parameters ([`parameters`]). Both become the same [`Mount`]; the admin's [`policy`] then says whether it is allowed.
+
+pub mod error;
+pub mod json;
+mod mount_options;
+pub mod options;
+pub mod parameters;
+mod pattern;
+pub mod plan;
+pub mod policy;
+mod quantity;
+mod read;
+pub mod schema;
+pub mod template;
+mod text;
+mod tree;
+mod wire;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+pub use error::SpecError;
+pub use parameters::Parsed;
+
+/// The deepest nesting of mounts accepted in one spec.
+pub const MAX_DEPTH: usize = 8;
+/// The most lower layers accepted in one overlay: their names must fit into one mount option of 256 bytes.
+pub const MAX_LOWER: usize = 32;
+
+/// One mount of a spec. The tree is owned: every nested mount belongs to exactly one parent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Mount {
+    /// A file system on a block device.
+    Attach(Attach),
+    /// A directory of another mount, or of the host.
+    Bind(Bind),
+    /// An NFS export as it is.
+    Nfs(Nfs),
+    /// Layers, uppermost first, with or without a writable layer on top.
+    Overlay(Overlay),
+}
+
+/// An NFS export and how to mount it (nfs(5)).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Nfs {
+    /// A host name, an IPv4 address, or an IPv6 address without brackets.
+    pub host: String,
+    /// The exported path: absolute, without `..`.
+    pub path: String,
+    pub read_only: bool,
+    pub version: NfsVersion,
+    /// Options of nfs(5), each checked to be one known option; never `vers`, `addr` or `clientaddr`.
+    pub options: Vec<NfsOption>,
+}
+
+/// The NFS protocol versions that Linux speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum NfsVersion {
+    V3,
+    V4_0,
+    V4_1,
+    #[default]
+    V4_2,
+}
+
+impl NfsVersion {
+    /// The value of the kernel's `vers=` option.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NfsVersion::V3 => "3",
+            NfsVersion::V4_0 => "4.0",
+            NfsVersion::V4_1 => "4.1",
+            NfsVersion::V4_2 => "4.2",
+        }
+    }
+}
+
+impl NfsVersion {
+    /// Reads a version as a user writes it. `4` is the newest minor version, as in nfs(5); it is not negotiated down.
+    pub fn parse(text: &str) -> Result<NfsVersion, String> {
+        match text {
+            "3" => Ok(NfsVersion::V3),
+            "4.0" => Ok(NfsVersion::V4_0),
+            "4.1" => Ok(NfsVersion::V4_1),
+            "4.2" | "4" => Ok(NfsVersion::V4_2),
+            _ => {
+                let given = error::quote(text);
+                Err(format!("{given} is not a version of NFS: one of 3, 4.0, 4.1, 4.2"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for NfsVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One option of nfs(5): `hard`, or `timeo=600`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NfsOption {
+    pub key: String,
+    pub value: Option<String>,
+}
+
+impl fmt::Display for NfsOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Some(value) => write!(f, "{}={}", self.key, value),
+            None => f.write_str(&self.key),
+        }
+    }
+}
+
+/// A file system, always mounted read-only, and the device that holds it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Attach {
+    pub fs_type: FsType,
+    /// `noexec` was among the mount options.
+    pub no_exec: bool,
+    pub device: Device,
+}
+
+/// The file systems an image may hold.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, Eq, Hash, JsonSchema, Ord, PartialEq, PartialOrd)]
+#[serde(rename_all = "lowercase")]
+pub enum FsType {
+    Squashfs,
+    Erofs,
+    Ext4,
+    Xfs,
+}
+
+impl FsType {
+    pub const ALL: [FsType; 4] = [FsType::Squashfs, FsType::Erofs, FsType::Ext4, FsType::Xfs];
+
+    /// The kernel's name of the file system.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FsType::Squashfs => "squashfs",
+            FsType::Erofs => "erofs",
+            FsType::Ext4 => "ext4",
+            FsType::Xfs => "xfs",
+        }
+    }
+}
+
+impl FsType {
+    /// Reads the kernel's name of a file system.
+    pub fn parse(text: &str) -> Result<FsType, String> {
+        let known = FsType::ALL.map(FsType::as_str);
+        let found = FsType::ALL.into_iter().find(|fs_type| fs_type.as_str() == text);
+        found.ok_or_else(|| error::unknown("file system", text, &known))
+    }
+}
+
+impl fmt::Display for FsType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What provides the blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Device {
+    /// A regular file behind a loop device.
+    Loopback(Loopback),
+    /// A block device of the node, by absolute path.
+    Local { path: String },
+}
+
+/// An image file: `path` below `base`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Loopback {
+    /// Relative to the base, without a leading slash; may contain symlinks that stay inside the base.
+    pub path: String,
+    pub base: Base,
+}
+
+/// Where a path starts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Base {
+    /// The node's own root directory.
+    Root,
+    /// Another mount.
+    Mount(Box<Mount>),
+}
+
+/// A directory `path` below `base`, bind-mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Bind {
+    /// Relative to the base, without a leading slash; empty means the base itself.
+    pub path: String,
+    pub base: Base,
+    pub recursive: bool,
+    pub read_only: bool,
+}
+
+/// Layers of directories (Documentation/filesystems/overlayfs.rst).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Overlay {
+    /// Uppermost first; never empty, at most [`MAX_LOWER`].
+    pub lower: Vec<Mount>,
+    pub upper: Upper,
+}
+
+/// The writable layer on top of an overlay; it ends with the published path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Upper {
+    /// A directory on the node's disk, where the driver keeps its data.
+    #[default]
+    Directory,
+    /// Memory, at most `size` bytes.
+    Tmpfs { size: u64 },
+    /// None: the layers are stacked read-only.
+    None,
+}
+
+#[cfg(test)]
+mod tests;

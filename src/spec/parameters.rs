@@ -1,0 +1,164 @@
+//! The attributes of a volume: a JSON `mount` object in `mountSpec`, or the flat form that covers one image on one export.
+
+use super::{
+    Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper,
+    error::{SpecError, unknown},
+    json,
+    mount_options::{self, MountOptions},
+    options,
+    policy::Policy,
+    quantity, text,
+};
+use std::collections::BTreeMap;
+
+/// A spec that was read, and what its author should know about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    pub mount: Mount,
+    /// What was ignored, one sentence each.
+    pub warnings: Vec<String>,
+    /// Whether the flat form was used.
+    pub flat: bool,
+}
+
+impl Parsed {
+    /// [`Policy::check`], with errors that name the places of the form that the user wrote.
+    pub fn check(&self, policy: &Policy) -> Result<(), SpecError> {
+        policy.check(&self.mount).map_err(|mut error| {
+            if self.flat {
+                error.parameter = flat_name(&error.pointer).to_owned();
+                error.pointer = String::new();
+            }
+            error
+        })
+    }
+}
+
+/// Every parameter, in the spelling that is documented. Other spellings that differ only in case are understood.
+pub(super) const KNOWN: &[&str] = &[
+    json::PARAMETER,
+    "server",
+    "share",
+    "image",
+    "fsType",
+    "nfsVersion",
+    "nfsOptions",
+    "overlay",
+    "overlaySize",
+    mount_options::PARAMETER,
+];
+
+/// What Kubernetes and its sidecars put beside our parameters.
+const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
+
+/// Reads a volume's attributes and mount options. `attributes` is a map of strings, by reference.
+///
+/// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required),
+/// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
+/// `tmpfs`) and `overlaySize` (a quantity, for a tmpfs). White space around flat values is dropped.
+///
+/// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
+/// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.
+pub fn parse_attributes<'a>(
+    attributes: impl IntoIterator<Item = (&'a String, &'a String)>,
+    mount_options: &[String],
+) -> Result<Parsed, SpecError> {
+    let mut attributes = canonical(attributes)?;
+    let mut mount_options = mount_options.to_vec();
+    mount_options.extend(attributes.remove(mount_options::PARAMETER));
+    let mount_options = mount_options::parse(&mount_options)?;
+    let Some(spec) = attributes.remove(json::PARAMETER) else {
+        return flat(&attributes, &mount_options);
+    };
+    match attributes.keys().next() {
+        Some(key) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),
+        None => json::parse_with(&spec, &mount_options),
+    }
+}
+
+/// The parameters in their documented spelling, without those of Kubernetes.
+pub(super) fn canonical<'a>(
+    parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<BTreeMap<&'static str, String>, SpecError> {
+    let mut canonical = BTreeMap::new();
+    for (key, value) in parameters {
+        if FOREIGN.iter().any(|prefix| key.starts_with(prefix)) {
+            continue;
+        }
+        let Some(known) = KNOWN.iter().find(|known| known.eq_ignore_ascii_case(key)) else {
+            return Err(invalid(key, unknown("parameter", key, KNOWN)));
+        };
+        if canonical.insert(*known, value.clone()).is_some() {
+            return Err(invalid(known, "given twice, in spellings that differ only in case"));
+        }
+    }
+    Ok(canonical)
+}
+
+fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<Parsed, SpecError> {
+    let get = |name: &'static str| attributes.get(name).map(|value| value.trim());
+    let need = |name: &'static str| {
+        let missing = "is required, as is each of server, share and image, unless \"mountSpec\" is used";
+        get(name).filter(|value| !value.is_empty()).ok_or_else(|| invalid(name, missing))
+    };
+    let (server, share, image) = (need("server")?, need("share")?, need("image")?);
+    let image = text::relative(image).map_err(at("image"))?;
+    if image.is_empty() {
+        return Err(invalid("image", "names no file: the path of the image below the share"));
+    }
+    let version = get("nfsVersion").map(NfsVersion::parse).transpose();
+    let own: Result<_, String> =
+        mount_options::list(get("nfsOptions").unwrap_or_default()).map(options::parse).collect();
+    let nfs = Nfs {
+        host: text::host(server).map_err(at("server"))?,
+        path: text::absolute(share).map_err(at("share"))?,
+        read_only: true,
+        version: version.and_then(|version| options.version_for(version)).map_err(at("nfsVersion"))?,
+        options: own.and_then(|own| options.merge_into(own)).map_err(at("nfsOptions"))?,
+    };
+    let base = Base::Mount(Box::new(Mount::Nfs(nfs)));
+    let image = Mount::Attach(Attach {
+        fs_type: get("fsType").map_or(Ok(FsType::Squashfs), FsType::parse).map_err(at("fsType"))?,
+        no_exec: options.no_exec,
+        device: Device::Loopback(Loopback { path: image, base }),
+    });
+    let mount = match overlay(get("overlay"), get("overlaySize"))? {
+        Upper::None => image,
+        upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
+    };
+    Ok(Parsed { mount, warnings: Vec::new(), flat: true })
+}
+
+fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
+    match (kind, size) {
+        (None | Some("none"), None) => Ok(Upper::None),
+        (Some("directory"), None) => Ok(Upper::Directory),
+        (Some("tmpfs"), Some(size)) => Ok(Upper::Tmpfs { size: quantity::bytes(size).map_err(at("overlaySize"))? }),
+        (Some("tmpfs"), None) => {
+            Err(invalid("overlaySize", "is required for a tmpfs: the most it may hold, such as 256Mi"))
+        }
+        (None | Some("none" | "directory"), Some(_)) => Err(invalid("overlaySize", "is only for \"overlay: tmpfs\"")),
+        (Some(other), _) => Err(invalid("overlay", unknown("value", other, &["none", "directory", "tmpfs"]))),
+    }
+}
+
+/// The flat parameter that became the place with this JSON pointer.
+fn flat_name(pointer: &str) -> &'static str {
+    for (end, name) in [("/host", "server"), ("/nfs/path", "share"), ("/fs_type", "fsType")] {
+        if pointer.ends_with(end) {
+            return name;
+        }
+    }
+    if pointer.contains("/nfs/options") { "nfsOptions" } else { "image" }
+}
+
+fn at(name: &'static str) -> impl Fn(String) -> SpecError {
+    move |message| invalid(name, message)
+}
+
+fn invalid(name: &str, message: impl AsRef<str>) -> SpecError {
+    SpecError::invalid(name, "", message)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,150 @@
+use super::*;
+use crate::spec::error::ErrorKind;
+
+const SPEC: &str = r#"{"kind":"nfs","nfs":{"host":"a","path":"/"}}"#;
+
+fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn read(pairs: &[(&str, &str)], mount_options: &[&str]) -> Result<Parsed, SpecError> {
+    let mount_options: Vec<String> = mount_options.iter().map(|text| (*text).to_owned()).collect();
+    parse_attributes(&map(pairs), &mount_options)
+}
+
+/// The three required parameters and some more.
+fn flat_with(more: &[(&str, &str)], mount_options: &[&str]) -> Result<Parsed, SpecError> {
+    let mut pairs = vec![("server", "nfs"), ("share", "/images"), ("image", "a/b.sqsh")];
+    pairs.retain(|(key, _)| !more.iter().any(|(other, _)| other == key));
+    pairs.extend(more);
+    read(&pairs, mount_options)
+}
+
+#[test]
+fn the_flat_form_is_an_image_on_an_export() {
+    let json = r#"{"kind":"attach","attach":{"fs_type":"squashfs","attach":{"kind":"loopback","loopback":
+        {"path":"a/b.sqsh","base":"mount","mount":{"kind":"nfs","nfs":{"host":"nfs","path":"/images","ro":true}}}}}}"#;
+    assert_eq!(flat_with(&[], &[]).unwrap().mount, json::parse(json).unwrap().mount);
+}
+
+#[test]
+fn every_flat_parameter_has_its_effect() {
+    let more = [
+        ("fsType", "erofs"),
+        ("nfsVersion", "4.1"),
+        ("nfsOptions", "timeo=600, hard"),
+        ("overlay", "tmpfs"),
+        ("overlaySize", "1Gi"),
+    ];
+    let json = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1Gi"},"lower":[
+        {"kind":"attach","attach":{"fs_type":"erofs","attach":{"kind":"loopback","loopback":
+        {"path":"a/b.sqsh","base":"mount","mount":{"kind":"nfs","nfs":{"host":"nfs","path":"/images","ro":true,
+        "version":"4.1","options":["hard","timeo=600"]}}}}}}]}}"#;
+    assert_eq!(flat_with(&more, &[]).unwrap().mount, json::parse(json).unwrap().mount);
+}
+
+#[test]
+fn writable_is_what_has_an_upper() {
+    for (overlay, writable) in [("none", false), ("directory", true)] {
+        let mount = flat_with(&[("overlay", overlay)], &[]).unwrap().mount;
+        assert_eq!(mount.is_writable(), writable);
+        assert!(!mount.without_upper().is_writable());
+    }
+}
+
+#[test]
+fn keys_of_kubernetes_and_other_spellings_are_understood() {
+    let pairs = [
+        ("SERVER", "nfs"),
+        ("Share", " /images\n"),
+        ("image", "/a/b.sqsh"),
+        ("fstype", "squashfs"),
+        ("storage.kubernetes.io/csiProvisionerIdentity", "x"),
+        ("csi.storage.k8s.io/pod.name", "x"),
+    ];
+    assert_eq!(read(&pairs, &[]), flat_with(&[], &[]));
+}
+
+#[test]
+fn a_hash_map_works_as_well() {
+    let attributes: std::collections::HashMap<_, _> = map(&[("mountSpec", SPEC)]).into_iter().collect();
+    assert_eq!(parse_attributes(&attributes, &[]), json::parse(SPEC));
+}
+
+#[test]
+fn mount_options_reach_both_forms() {
+    let wanted = flat_with(&[("nfsVersion", "4.1"), ("nfsOptions", "hard")], &[]).unwrap();
+    assert_eq!(flat_with(&[], &["nfsvers=4.1", "hard", "nodev"]).as_ref(), Ok(&wanted));
+    assert_eq!(flat_with(&[("mountOptions", "nfsvers=4.1,hard")], &[]).as_ref(), Ok(&wanted));
+    // The same thing said twice is no contradiction.
+    assert_eq!(flat_with(&[("nfsVersion", "4.1"), ("nfsOptions", "hard")], &["hard", "v4.1"]), Ok(wanted));
+    assert!(flat_with(&[], &["noexec"]).unwrap().mount.is_no_exec());
+    let spec = read(&[("mountSpec", SPEC), ("mountOptions", "ro")], &[]).unwrap();
+    assert!(!spec.mount.is_writable());
+}
+
+#[test]
+fn mistakes_are_told_with_the_parameter() {
+    for (pairs, place, message) in [
+        (
+            &[("serve", "nfs")][..],
+            "serve",
+            "unknown parameter \"serve\": did you mean \"server\"? known parameters: mountSpec, server",
+        ),
+        (&[("mountSpec", SPEC), ("server", "nfs")], "server", "beside \"mountSpec\""),
+        (&[("Server", "nfs"), ("server", "nfs")], "server", "differ only in case"),
+        (&[("server", "nfs"), ("share", "/")], "image", "is required"),
+        (&[("server", ""), ("share", "/"), ("image", "a")], "server", "is required"),
+        (&[], "server", "is required"),
+        (&[("mountSpec", "")], "mountSpec", "EOF"),
+    ] {
+        let error = read(pairs, &[]).unwrap_err();
+        assert_eq!((error.kind, error.parameter.as_str()), (ErrorKind::Invalid, place), "{error}");
+        assert!(error.message.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn bad_flat_values_are_told_with_the_parameter() {
+    for (more, message) in [
+        (&[("server", "a,b")][..], "not a host name"),
+        (&[("share", "images")], "not an absolute path"),
+        (&[("image", "/")], "names no file"),
+        (&[("image", "../a")], "\"..\""),
+        (&[("image", "${pvc.metadata.name}")], "StorageClass"),
+        (&[("fsType", "ext3")], "did you mean \"ext4\"?"),
+        (&[("nfsVersion", "2")], "one of 3, 4.0, 4.1, 4.2"),
+        (&[("nfsOptions", "nfsvers=4.1")], "\"nfsVersion\""),
+        (&[("nfsOptions", "hard,,timeo=1")], "unknown option \"\""),
+        (&[("nfsOptions", "hard,soft")], "contradict"),
+        (&[("overlay", "dir")], "known values: none, directory, tmpfs"),
+        (&[("overlaySize", "1Gi")], "only for"),
+        (&[("overlaySize", "0"), ("overlay", "tmpfs")], "not a size"),
+        (&[("mountOptions", "rw")], "cannot be set"),
+    ] {
+        let error = flat_with(more, &[]).unwrap_err();
+        assert_eq!(error.parameter, more[0].0, "{error}");
+        assert!(error.message.contains(message), "{error}");
+    }
+    let error = flat_with(&[("overlay", "tmpfs")], &[]).unwrap_err();
+    assert_eq!(error.parameter, "overlaySize");
+    let error = flat_with(&[("nfsVersion", "4.2")], &["vers=4.1"]).unwrap_err();
+    assert_eq!(error.parameter, "nfsVersion");
+}
+
+#[test]
+fn a_denial_names_the_flat_parameter() {
+    let policy = "servers: [{host: nfs, exports: [/images]}]\nnfsOptions: [hard]\nfsTypes: [erofs]";
+    let policy = Policy::parse(policy).unwrap();
+    for (more, place) in [
+        (&[("server", "other"), ("fsType", "erofs")][..], "server"),
+        (&[("share", "/home"), ("fsType", "erofs")], "share"),
+        (&[("nfsOptions", "soft"), ("fsType", "erofs"), ("overlay", "directory")], "nfsOptions"),
+        (&[], "fsType"),
+    ] {
+        let error = flat_with(more, &[]).unwrap().check(&policy).unwrap_err();
+        assert!(error.is_denied());
+        assert_eq!((error.parameter.as_str(), error.pointer.as_str()), (place, ""), "{error}");
+    }
+    assert_eq!(flat_with(&[("fsType", "erofs")], &[]).unwrap().check(&policy), Ok(()));
+}

@@ -1,0 +1,98 @@
+//! The patterns of the admin's policy. A `*` stands for any characters, but never for a dot between two labels of a host
+//! name or a slash between two components of a path.
+
+/// Whether `path` is what the pattern names, or below it: `/images` covers `/images/a` but not `/images2`, `/home/*/images`
+/// covers one home. Both are absolute and normalised.
+pub(super) fn covers(pattern: &str, path: &str) -> bool {
+    let mut components = path.split('/').filter(|component| !component.is_empty());
+    pattern
+        .split('/')
+        .filter(|component| !component.is_empty())
+        .all(|wanted| components.next().is_some_and(|given| matches(wanted, given)))
+}
+
+/// Whether the pattern names `host`, whatever the case and with or without a trailing dot. A pattern that is only `*`
+/// names every host; `*.example.com` names `a.example.com` but neither `a.b.example.com` nor `example.com`.
+pub(super) fn names_host(pattern: &str, host: &str) -> bool {
+    let plain = |text: &str| text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    let (pattern, host) = (plain(pattern), plain(host));
+    let (mut wanted, mut given) = (pattern.split('.'), host.split('.'));
+    pattern == "*"
+        || pattern.split('.').count() == host.split('.').count()
+            && wanted.all(|wanted| given.next().is_some_and(|given| matches(wanted, given)))
+}
+
+/// Whether the whole of `text` is what the pattern says.
+pub(super) fn matches(pattern: &str, text: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    let Some(text) = text.strip_prefix(start) else {
+        return false;
+    };
+    let Some(mut text) = text.strip_suffix(end) else {
+        return false;
+    };
+    middle.split('*').all(|part| match text.split_once(part) {
+        Some((_, after)) => {
+            text = after;
+            true
+        }
+        None => false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_is_any_text() {
+        for (pattern, text, expected) in [
+            ("hard", "hard", true),
+            ("hard", "harder", false),
+            ("timeo=*", "timeo=600", true),
+            ("sec=krb5*", "sec=sys", false),
+            ("*", "", true),
+            ("a*a", "a", false),
+            ("a*b*c", "a-b-b-c", true),
+            ("a*b*c", "a-c-b", false),
+            ("**", "x", true),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn paths_are_compared_by_components() {
+        for (pattern, path, expected) in [
+            ("/images", "/images", true),
+            ("/images/", "/images/a/b", true),
+            ("/images", "/images2", false),
+            ("/images", "/", false),
+            ("/", "/anything", true),
+            ("/home/*/images", "/home/alice/images/x", true),
+            ("/home/*/images", "/home/a/b/images", false),
+            ("/images*", "/images2/a", true),
+        ] {
+            assert_eq!(covers(pattern, path), expected, "{pattern} {path}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_compared_by_labels() {
+        for (pattern, host, expected) in [
+            ("NFS.example.com", "nfs.EXAMPLE.com.", true),
+            ("*.example.com", "a.example.com", true),
+            ("*.example.com", "a.b.example.com", false),
+            ("*.example.com", "example.com", false),
+            ("10.0.0.*", "10.0.0.7", true),
+            ("10.0.0.*", "10.0.0.evil.example", false),
+            ("*", "a.b.c", true),
+            ("fd00::*", "fd00::1", true),
+        ] {
+            assert_eq!(names_host(pattern, host), expected, "{pattern} {host}");
+        }
+    }
+}

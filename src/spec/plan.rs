@@ -1,0 +1,112 @@
+//! What the driver would do for a spec, in words, for people who want to see it before it happens.
+
+use super::{Base, Bind, Device, Mount, Nfs, Overlay, Upper};
+
+/// The steps in order, one line each, without numbers.
+pub fn plan(mount: &Mount) -> Vec<String> {
+    let mut steps = Vec::new();
+    add(&mut steps, mount);
+    steps.push("attach at the target".to_owned());
+    steps
+}
+
+fn add(steps: &mut Vec<String>, mount: &Mount) {
+    match mount {
+        Mount::Attach(attach) => {
+            let exec = if attach.no_exec { ",noexec" } else { "" };
+            match &attach.device {
+                Device::Loopback(loopback) => {
+                    let file = beneath(steps, &loopback.base, &loopback.path);
+                    steps.push(format!("open {file}"));
+                    steps.push("attach it read-only to a loop device".to_owned());
+                }
+                Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
+            }
+            steps.push(format!("mount {} (ro,nosuid,nodev{exec})", attach.fs_type));
+        }
+        Mount::Bind(bind) => add_bind(steps, bind),
+        Mount::Nfs(nfs) => steps.push(format!("mount NFS {} out of the host's sight", source(nfs))),
+        Mount::Overlay(overlay) => add_overlay(steps, overlay),
+    }
+}
+
+fn add_bind(steps: &mut Vec<String>, bind: &Bind) {
+    let directory = beneath(steps, &bind.base, &bind.path);
+    let mode = if bind.read_only { "ro" } else { "rw" };
+    let how = if bind.recursive { "bind recursively" } else { "bind" };
+    steps.push(format!("{how} {directory} ({mode},nosuid,nodev)"));
+}
+
+fn add_overlay(steps: &mut Vec<String>, overlay: &Overlay) {
+    for lower in &overlay.lower {
+        add(steps, lower);
+    }
+    let upper = match overlay.upper {
+        Upper::Directory => "directory".to_owned(),
+        Upper::Tmpfs { size } => format!("tmpfs of {size} bytes"),
+        Upper::None => "none".to_owned(),
+    };
+    steps.push(format!("stack overlay: {} lower, upper: {upper}", overlay.lower.len()));
+}
+
+/// What is at `path` below `base`, once the base is there.
+fn beneath(steps: &mut Vec<String>, base: &Base, path: &str) -> String {
+    match base {
+        Base::Root => format!("/{path} of the node"),
+        Base::Mount(mount) => {
+            add(steps, mount);
+            if path.is_empty() { "it".to_owned() } else { format!("{path} beneath it") }
+        }
+    }
+}
+
+/// `192.168.3.253:/images (nfs 4.2, ro)`
+fn source(nfs: &Nfs) -> String {
+    let host = if nfs.host.contains(':') { format!("[{}]", nfs.host) } else { nfs.host.clone() };
+    let mode = if nfs.read_only { "ro" } else { "rw" };
+    let options: String = nfs.options.iter().map(|option| format!(", {option}")).collect();
+    format!("{host}:{} (nfs {}, {mode}{options})", nfs.path, nfs.version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::json;
+
+    #[test]
+    fn an_image_under_an_overlay_takes_six_steps() {
+        let mount = json::parse(include_str!("testdata/nfs-loopback.json")).unwrap().mount;
+        assert_eq!(
+            plan(&mount),
+            [
+                "mount NFS 192.168.3.253:/images (nfs 4.2, ro) out of the host's sight",
+                "open image.sqsh beneath it",
+                "attach it read-only to a loop device",
+                "mount squashfs (ro,nosuid,nodev)",
+                "stack overlay: 1 lower, upper: directory",
+                "attach at the target",
+            ]
+        );
+    }
+
+    #[test]
+    fn binds_and_devices_are_told_apart() {
+        let spec = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1k"},"lower":[
+            {"kind":"bind","bind":{"path":"/etc","base":"root","ro":true}},
+            {"kind":"bind","bind":{"path":"opt","base":"mount","recursive":true,"mount":{"kind":"attach","attach":
+                {"fs_type":"xfs","mount_options":["noexec"],"attach":{"kind":"local","local":{"path":"/dev/sda"}}}}}},
+            {"kind":"nfs","nfs":{"host":"fd00::1","path":"/a","version":"3","options":["hard"]}}]}}"#;
+        assert_eq!(
+            plan(&json::parse(spec).unwrap().mount),
+            [
+                "bind /etc of the node (ro,nosuid,nodev)",
+                "open the block device /dev/sda read-only",
+                "mount xfs (ro,nosuid,nodev,noexec)",
+                "bind recursively opt beneath it (rw,nosuid,nodev)",
+                "mount NFS [fd00::1]:/a (nfs 3, rw, hard) out of the host's sight",
+                "stack overlay: 3 lower, upper: tmpfs of 1000 bytes",
+                "attach at the target",
+            ]
+        );
+    }
+}

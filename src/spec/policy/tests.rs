@@ -1,0 +1,143 @@
+use super::*;
+use crate::spec::error::ErrorKind;
+
+fn check(policy: &str, spec: &str) -> Result<(), SpecError> {
+    Policy::parse(policy).unwrap().check(&json::parse(spec).unwrap().mount)
+}
+
+fn nfs(host: &str, path: &str, option: &str) -> String {
+    format!(r#"{{"kind":"nfs","nfs":{{"host":"{host}","path":"{path}","options":["{option}"]}}}}"#)
+}
+
+fn image(fs_type: &str, device: &str) -> String {
+    format!(r#"{{"kind":"attach","attach":{{"fs_type":"{fs_type}","attach":{device}}}}}"#)
+}
+
+fn loopback_root(path: &str) -> String {
+    image("squashfs", &format!(r#"{{"kind":"loopback","loopback":{{"path":"{path}","base":"root"}}}}"#))
+}
+
+fn local(path: &str) -> String {
+    image("squashfs", &format!(r#"{{"kind":"local","local":{{"path":"{path}"}}}}"#))
+}
+
+#[track_caller]
+fn assert_denied(policy: &str, spec: &str, pointer: &str) {
+    let error = check(policy, spec).unwrap_err();
+    assert_eq!((error.kind, error.pointer.as_str()), (ErrorKind::Denied, pointer), "{error}");
+}
+
+#[track_caller]
+fn assert_allowed(policy: &str, spec: &str) {
+    assert_eq!(check(policy, spec), Ok(()));
+}
+
+#[test]
+fn the_example_means_what_it_says() {
+    let policy = include_str!("example.yaml");
+    assert_allowed(policy, &nfs("10.0.0.1", "/anything", "timeo=600"));
+    let error = check(policy, &nfs("10.0.1.1", "/", "hard")).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "mountSpec/nfs/host: server \"10.0.1.1\" is not allowed by the policy; allowed: nfs.example.com, 10.0.0.*",
+    );
+}
+
+#[test]
+fn the_default_allows_any_server_and_nothing_of_the_node() {
+    for policy in ["", "# nothing\n", "---\n", "{}"] {
+        assert_eq!(Policy::parse(policy), Ok(Policy::default()), "{policy:?}");
+    }
+    assert_allowed("", &nfs("any.example.com", "/", "hard"));
+    assert_denied("", &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/path");
+    assert_denied("", &local("/dev/sda"), "/attach/attach/local/path");
+    assert_denied("", r#"{"kind":"bind","bind":{"path":"/etc","base":"root"}}"#, "/bind/path");
+}
+
+#[test]
+fn file_systems_for_trusted_images_only_are_denied_by_default() {
+    let device = r#"{"kind":"loopback","loopback":{"path":"a","base":"mount","mount":
+        {"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
+    assert_allowed("", &image("erofs", device));
+    assert_denied("", &image("ext4", device), "/attach/fs_type");
+    assert_allowed("fsTypes: [ext4]", &image("ext4", device));
+    assert_denied("fsTypes: [ext4]", &image("squashfs", device), "/attach/fs_type");
+}
+
+#[test]
+fn servers_and_exports_are_lists() {
+    let policy = "servers: [{host: nfs.example.com, exports: [/images]}, {host: '10.0.0.*'}]";
+    assert_allowed(policy, &nfs("NFS.example.com.", "/images/a", "hard"));
+    assert_allowed(policy, &nfs("10.0.0.3", "/", "hard"));
+    assert_denied(policy, &nfs("nfs.example.com", "/images2", "hard"), "/nfs/path");
+    assert_denied(policy, &nfs("nfs.example.com", "/", "hard"), "/nfs/path");
+    assert_denied(policy, &nfs("10.0.1.3", "/", "hard"), "/nfs/host");
+}
+
+#[test]
+fn an_empty_list_allows_nothing() {
+    for policy in ["servers: []", "servers:"] {
+        assert_denied(policy, &nfs("a", "/", "hard"), "/nfs/host");
+    }
+    assert_denied("servers: [{host: a, exports: []}]", &nfs("a", "/", "hard"), "/nfs/path");
+    assert_denied("nfsOptions: []", &nfs("a", "/", "hard"), "/nfs/options");
+}
+
+#[test]
+fn options_are_patterns() {
+    let policy = "nfsOptions: [hard, 'timeo=*', 'sec=krb5*']";
+    assert_allowed(policy, &nfs("a", "/", "sec=krb5p"));
+    assert_allowed(policy, &nfs("a", "/", "timeo=600"));
+    assert_denied(policy, &nfs("a", "/", "sec=sys"), "/nfs/options");
+    assert_denied(policy, &nfs("a", "/", "soft"), "/nfs/options");
+}
+
+#[test]
+fn paths_of_the_node_are_compared_by_components() {
+    assert_allowed("hostPaths: true", &loopback_root("/srv/a.sqsh"));
+    assert_allowed("hostPaths: [/srv/images]", &loopback_root("srv/images/a.sqsh"));
+    assert_denied("hostPaths: [/srv/images]", &loopback_root("/srv/images2/a"), "/attach/attach/loopback/path");
+    assert_allowed("localDevices: [/dev/disk/by-id]", &local("/dev/disk/by-id/x"));
+    assert_denied("localDevices: [/dev/sda]", &local("/dev/sda1"), "/attach/attach/local/path");
+}
+
+#[test]
+fn layers_are_checked_too() {
+    let spec =
+        format!(r#"{{"kind":"overlay","overlay":{{"lower":[{},{}]}}}}"#, nfs("a", "/", "hard"), loopback_root("x"),);
+    assert_denied("", &spec, "/overlay/lower/1/attach/attach/loopback/path");
+}
+
+#[test]
+fn mistakes_of_the_admin_are_told_at_once() {
+    for (policy, pointer, message) in [
+        ("severs: []", "", "did you mean \"servers\"?"),
+        ("servers: [{hots: a}]", "/servers/0", "did you mean \"host\"?"),
+        ("servers: [{exports: [/a]}]", "/servers/0", "missing field \"host\""),
+        ("servers: a", "/servers", "expected a sequence"),
+        ("servers: [{host: 'a/b'}]", "/servers/0/host", "not a host name"),
+        ("servers: [{host: a, exports: [images]}]", "/servers/0/exports/0", "not an absolute path"),
+        ("servers: [{host: a, exports: [/a/../b]}]", "/servers/0/exports/0", "\"..\""),
+        ("hostPaths: maybe", "/hostPaths", "true, false or a list of paths"),
+        ("hostPaths: [srv]", "/hostPaths/0", "not an absolute path"),
+        ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs"),
+        ("nfsOptions: ['tmeo=*']", "/nfsOptions/0", "did you mean \"timeo\"?"),
+        ("servers: [", "", "no YAML"),
+        ("servers: []\nservers: []", "", "duplicate"),
+        ("text", "", "expected an object"),
+        ("[]", "", "expected an object"),
+        ("servers: [[a]]", "/servers/0", "expected an object"),
+    ] {
+        let error = Policy::parse(policy).unwrap_err();
+        assert_eq!((error.kind, error.pointer.as_str()), (ErrorKind::Invalid, pointer), "{policy}: {error}");
+        assert!(error.message.contains(message), "{policy}: {error}");
+        assert_eq!(error.parameter, PARAMETER);
+    }
+}
+
+#[test]
+fn long_lists_are_cut_in_errors() {
+    let hosts: Vec<String> = (0..100).map(|n| format!("{{host: h{n}}}")).collect();
+    let error = check(&format!("servers: [{}]", hosts.join(",")), &nfs("a", "/", "hard")).unwrap_err();
+    assert!(error.message.ends_with("h7, ..."), "{error}");
+}

@@ -1,0 +1,185 @@
+//! Templates in the parameters of a StorageClass: one class serves many claims, each with its own image or directory.
+//!
+//! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`, and in
+//! every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot climb.
+
+use super::{
+    error::{SpecError, quote},
+    json::{self, PARAMETER as MOUNT_SPEC},
+    parameters::canonical,
+    text,
+};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// The templates, and the parameters in which external-provisioner passes their values.
+const TEMPLATES: [(&str, &str); 3] = [
+    ("pvc.metadata.name", "csi.storage.k8s.io/pvc/name"),
+    ("pvc.metadata.namespace", "csi.storage.k8s.io/pvc/namespace"),
+    ("pv.metadata.name", "csi.storage.k8s.io/pv/name"),
+];
+
+/// Turns the parameters of a CreateVolume call into the volume's context: templates replaced, names in their documented
+/// spelling, Kubernetes' own parameters dropped. What the values say is left to [`super::parameters::parse_attributes`].
+pub fn expand<'a>(
+    parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<BTreeMap<String, String>, SpecError> {
+    let parameters: Vec<_> = parameters.into_iter().collect();
+    let values: Values = parameters
+        .iter()
+        .filter_map(|(key, value)| {
+            let (name, _) = TEMPLATES.iter().find(|(_, parameter)| parameter == key)?;
+            Some((*name, value.as_str()))
+        })
+        .collect();
+    let mut context = BTreeMap::new();
+    for (name, value) in canonical(parameters)? {
+        let value = match name {
+            MOUNT_SPEC => expand_json(&value, &values)?,
+            "image" | "share" => replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?,
+            _ if value.contains("${") => {
+                let message = "templates are only allowed in image, share and mountSpec";
+                return Err(SpecError::invalid(name, "", message));
+            }
+            _ => value,
+        };
+        context.insert(name.to_owned(), value);
+    }
+    Ok(context)
+}
+
+/// From a template's name to its value.
+type Values<'a> = BTreeMap<&'static str, &'a str>;
+
+fn expand_json(text: &str, values: &Values) -> Result<String, SpecError> {
+    // The typed reader sees what a Value hides, such as a field given twice.
+    json::wire(text)?;
+    let mut value: Value =
+        serde_json::from_str(text).map_err(|error| SpecError::invalid(MOUNT_SPEC, "", format!("no JSON: {error}")))?;
+    replace_in(&mut value, "", values)?;
+    Ok(value.to_string())
+}
+
+/// Only strings, never keys: after parsing, a value cannot break out of its quotes.
+fn replace_in(value: &mut Value, at: &str, values: &Values) -> Result<(), SpecError> {
+    match value {
+        Value::String(text) => {
+            *text = replace(text, values).map_err(|message| SpecError::invalid(MOUNT_SPEC, at, message))?;
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter_mut().enumerate() {
+                replace_in(item, &format!("{at}/{index}"), values)?;
+            }
+        }
+        Value::Object(fields) => {
+            for (key, field) in fields.iter_mut() {
+                replace_in(field, &format!("{at}/{key}"), values)?;
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+    Ok(())
+}
+
+fn replace(text: &str, values: &Values) -> Result<String, String> {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("${") {
+        let Some((name, after)) = after.split_once('}') else {
+            return Err(format!("{} has a \"${{\" without its \"}}\"", quote(text)));
+        };
+        let Some((name, parameter)) = TEMPLATES.iter().find(|(known, _)| *known == name) else {
+            let known = TEMPLATES.map(|(name, _)| format!("${{{name}}}")).join(", ");
+            let given = quote(&format!("${{{name}}}"));
+            return Err(format!("unknown template {given}; known templates: {known}"));
+        };
+        let Some(value) = values.get(name) else {
+            return Err(format!(
+                "${{{name}}} has no value: external-provisioner passes {parameter} only with --extra-create-metadata"
+            ));
+        };
+        text::component(value).map_err(|message| format!("${{{name}}}: {message}"))?;
+        out += before;
+        out += value;
+        rest = after;
+    }
+    Ok(out + rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn expanded(pairs: &[(&str, &str)]) -> Result<BTreeMap<String, String>, SpecError> {
+        let owned: BTreeMap<String, String> =
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        expand(&owned)
+    }
+
+    const NAME: (&str, &str) = ("csi.storage.k8s.io/pvc/name", "data");
+    const NAMESPACE: (&str, &str) = ("csi.storage.k8s.io/pvc/namespace", "team");
+    const PV: (&str, &str) = ("csi.storage.k8s.io/pv/name", "pvc-1");
+
+    #[test]
+    fn templates_become_path_components() {
+        let context = expanded(&[
+            ("Server", "nfs"),
+            ("share", "/images/${pvc.metadata.namespace}"),
+            ("IMAGE", "${pv.metadata.name}/${pvc.metadata.name}.sqsh"),
+            ("csi.storage.k8s.io/fstype", "ext4"),
+            NAME,
+            NAMESPACE,
+            PV,
+        ])
+        .unwrap();
+        let expected = [("image", "pvc-1/data.sqsh"), ("server", "nfs"), ("share", "/images/team")];
+        let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        assert_eq!(context, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn a_mount_spec_is_expanded_as_json() {
+        let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/$\u007bpvc.metadata.name}"}}"#;
+        let context = expanded(&[("mountSpec", spec), ("csi.storage.k8s.io/pvc/name", r#"a"b"#)]).unwrap();
+        let value: Value = serde_json::from_str(&context["mountSpec"]).unwrap();
+        assert_eq!(value["nfs"]["path"], "/a\"b");
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/${x}"}}"#;
+        for (pairs, place, message) in [
+            (&[("image", "${pvc.name}")][..], "image", "known templates: ${pvc.metadata.name}, "),
+            (&[("image", "${pvc.metadata.name")], "image", "without its"),
+            (&[("image", "${pvc.metadata.name}")], "image", "--extra-create-metadata"),
+            (&[("server", "${pvc.metadata.name}"), NAME], "server", "only allowed in"),
+            (&[("mountSpec", spec)], "mountSpec/nfs/path", "unknown template"),
+            (&[("mountSpec", "{")], "mountSpec", "EOF"),
+            (&[("serve", "a")], "serve", "did you mean \"server\"?"),
+        ] {
+            let error = expanded(pairs).unwrap_err();
+            assert_eq!(format!("{}{}", error.parameter, error.pointer), place, "{error}");
+            assert!(error.message.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_no_component_are_refused() {
+        for value in ["", ".", "..", "a/b", "a\nb", "${x}", &"a".repeat(256)] {
+            let pairs = [("image", "x/${pvc.metadata.name}"), ("csi.storage.k8s.io/pvc/name", value)];
+            assert!(expanded(&pairs).is_err(), "{value}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_value_never_adds_a_path_component(value in any::<String>(), prefix in "[a.]{0,2}") {
+            let image = format!("x/{prefix}${{pvc.metadata.name}}/y");
+            let pairs = [("image", image.as_str()), ("csi.storage.k8s.io/pvc/name", value.as_str())];
+            if let Ok(context) = expanded(&pairs) {
+                prop_assert_eq!(context["image"].split('/').count(), 3);
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Properties that hold for every text and every mount.
+
+use super::{
+    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper, json, options,
+    parameters::parse_attributes, policy::Policy, schema, template,
+};
+use proptest::{collection::vec, prelude::*, sample::select};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+/// The JSON form of a mount, which the driver itself never writes.
+fn to_json(mount: &Mount) -> Value {
+    let based = |path: &str, base: &Base| match base {
+        Base::Root => json!({ "path": path, "base": "root" }),
+        Base::Mount(mount) => json!({ "path": path, "base": "mount", "mount": to_json(mount) }),
+    };
+    match mount {
+        Mount::Attach(attach) => {
+            let device = match &attach.device {
+                Device::Local { path } => json!({ "kind": "local", "local": { "path": path } }),
+                Device::Loopback(file) => {
+                    json!({ "kind": "loopback", "loopback": based(&file.path, &file.base) })
+                }
+            };
+            let options: &[&str] = if attach.no_exec { &["noexec"] } else { &[] };
+            json!({ "kind": "attach", "attach": {
+                "fs_type": attach.fs_type.as_str(), "mount_options": options, "attach": device,
+            } })
+        }
+        Mount::Bind(bind) => {
+            let mut object = based(&bind.path, &bind.base);
+            object["recursive"] = bind.recursive.into();
+            object["ro"] = bind.read_only.into();
+            json!({ "kind": "bind", "bind": object })
+        }
+        Mount::Nfs(nfs) => json!({ "kind": "nfs", "nfs": {
+            "host": nfs.host, "path": nfs.path, "ro": nfs.read_only, "version": nfs.version.as_str(),
+            "options": nfs.options.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        } }),
+        Mount::Overlay(overlay) => {
+            let upper = match overlay.upper {
+                Upper::Directory => json!({ "kind": "directory" }),
+                Upper::Tmpfs { size } => json!({ "kind": "tmpfs", "size": size.to_string() }),
+                Upper::None => json!({ "kind": "none" }),
+            };
+            let lower: Vec<Value> = overlay.lower.iter().map(to_json).collect();
+            json!({ "kind": "overlay", "overlay": { "lower": lower, "upper": upper } })
+        }
+    }
+}
+
+const VERSIONS: &[NfsVersion] = &[NfsVersion::V3, NfsVersion::V4_0, NfsVersion::V4_1, NfsVersion::V4_2];
+
+fn nfs() -> impl Strategy<Value = Mount> {
+    let options = select(vec![&["hard", "timeo=600"][..], &["soft"], &[]]);
+    ("[a-z][a-z0-9]{0,8}", "(/[a-z, ]{1,5}){1,3}", any::<bool>(), select(VERSIONS), options).prop_map(
+        |(host, path, read_only, version, options)| {
+            let options = options.iter().map(|text| options::parse(text).unwrap()).collect();
+            Mount::Nfs(Nfs { host, path, read_only, version, options })
+        },
+    )
+}
+
+/// Any mount without an overlay.
+fn layer() -> impl Strategy<Value = Mount> {
+    nfs().prop_recursive(5, 8, 1, |inner| {
+        let base = prop_oneof![inner.prop_map(|mount| Base::Mount(Box::new(mount))), Just(Base::Root),];
+        let path = "[a-z]{1,5}(/[a-z]{1,5}){0,2}";
+        prop_oneof![
+            (path, base.clone(), any::<bool>(), any::<bool>()).prop_map(|(path, base, recursive, read_only)| {
+                Mount::Bind(Bind { path, base, recursive, read_only })
+            }),
+            (path, base, select(&FsType::ALL[..]), any::<bool>()).prop_map(|(path, base, fs_type, no_exec)| {
+                let device = Device::Loopback(Loopback { path, base });
+                Mount::Attach(Attach { fs_type, no_exec, device })
+            }),
+        ]
+    })
+}
+
+fn mount() -> impl Strategy<Value = Mount> {
+    let upper = prop_oneof![
+        Just(Upper::Directory),
+        Just(Upper::None),
+        (1..=i64::MAX as u64).prop_map(|size| Upper::Tmpfs { size }),
+    ];
+    prop_oneof![
+        layer(),
+        (vec(layer(), 1..5), upper).prop_map(|(mut lower, upper)| {
+            lower.dedup();
+            Mount::Overlay(Overlay { lower, upper })
+        }),
+    ]
+}
+
+const WORDS: &[&str] = &[
+    "kind", "attach", "bind", "nfs", "overlay", "lower", "upper", "loopback", "local", "path", "base", "mount", "root",
+    "host", "options", "fs_type", "squashfs", "id", "size", "tmpfs", "/", "..", "hard",
+];
+
+/// JSON made of the words of specs: it gets further than random text.
+fn almost_a_spec() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        select(WORDS).prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        Just(Value::Null),
+    ];
+    leaf.prop_recursive(8, 64, 6, |inner| {
+        prop_oneof![
+            vec(inner.clone(), 0..4).prop_map(Value::from),
+            vec((select(WORDS).prop_map(ToOwned::to_owned), inner), 0..6)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+fn is_known(option: &super::NfsOption) -> bool {
+    options::parse(&option.to_string()).as_ref() == Ok(option)
+}
+
+proptest! {
+    #[test]
+    fn a_mount_survives_its_json_form(mount in mount()) {
+        let mut unique = true;
+        if let Mount::Overlay(Overlay { lower, .. }) = &mount {
+            unique = lower.iter().enumerate().all(|(at, layer)| !lower[..at].contains(layer));
+        }
+        prop_assume!(unique);
+        let value = to_json(&mount);
+        prop_assert!(schema::tests::is_accepted(&value));
+        let parsed = json::parse(&value.to_string()).map(|parsed| parsed.mount);
+        prop_assert_eq!(parsed, Ok(mount));
+    }
+
+    #[test]
+    fn no_text_makes_a_reader_panic(text in any::<String>()) {
+        let _ = json::parse(&text);
+        let _ = Policy::parse(&text);
+        let _ = options::parse(&text);
+        for key in ["mountSpec", "server", "mountOptions", text.as_str()] {
+            let map = BTreeMap::from([(key.to_owned(), text.clone())]);
+            let _ = parse_attributes(&map, std::slice::from_ref(&text));
+            let _ = template::expand(&map);
+        }
+    }
+
+    #[test]
+    fn no_json_makes_a_reader_panic(value in almost_a_spec()) {
+        let text = value.to_string();
+        let _ = Policy::parse(&text);
+        if let Err(error) = json::parse(&text) {
+            // The place exists, as far as serde's data model has places.
+            prop_assert!(error.pointer.is_empty() || value.pointer(&error.pointer).is_some());
+        }
+    }
+
+    #[test]
+    fn flat_values_stay_what_they_are(
+        server in any::<String>(), share in any::<String>(), image in any::<String>(), option in any::<String>(),
+    ) {
+        let map = [("server", server), ("share", share), ("image", image), ("nfsOptions", option)];
+        let map: BTreeMap<_, _> = map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        if let Ok(parsed) = parse_attributes(&map, &[]) {
+            parsed.mount.walk::<()>("", &mut |_, mount| {
+                if let Mount::Nfs(nfs) = mount {
+                    assert!(nfs.options.iter().all(is_known));
+                    assert!(!nfs.host.contains(['/', ',', '=', ' ', '[']));
+                    assert!(nfs.path.starts_with('/') && nfs.path.split('/').all(|part| part != ".."));
+                }
+                Ok(())
+            }).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_option_is_from_the_table_or_refused(text in "[a-z]{0,8}=?[a-z0-9,:=/ ]{0,8}") {
+        if let Ok(option) = options::parse(&text) {
+            prop_assert!(options::keys().contains(&option.key.as_str()));
+            prop_assert!(is_known(&option) && !option.to_string().contains([',', ' ', ':', '/']));
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The JSON forms, field by field, as serde reads them. The JSON schema is generated from these types, so their comments
+//! are its descriptions. What they cannot say, such as what a host may look like, [`super::json`] checks.
+
+use super::{FsType, read::Object};
+use schemars::{JsonSchema, Schema};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::{Value, json};
+
+/// A field whose value does not matter.
+type Ignored = Option<IgnoredAny>;
+
+/// What to mount: a kind, and the object of that name.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = one_mount)]
+pub(super) struct Mount {
+    pub kind: MountKind,
+    /// A file system on a block device, always mounted read-only.
+    pub attach: Option<Object<MountAttach>>,
+    /// A directory of another mount, or of the node.
+    pub bind: Option<Object<MountBind>>,
+    /// An NFS export as it is.
+    pub nfs: Option<Object<MountNfs>>,
+    /// Layers. Only allowed as the outermost mount.
+    pub overlay: Option<Object<MountOverlay>>,
+    #[schemars(skip)]
+    pub id: Ignored,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub mountpoint: Ignored,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub refs: Ignored,
+}
+
+#[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
+#[serde(rename_all = "lowercase", expecting = "a kind of mount")]
+#[schemars(inline)]
+pub(super) enum MountKind {
+    Attach,
+    Bind,
+    Nfs,
+    Overlay,
+}
+
+/// A file system on a block device.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MountAttach {
+    pub fs_type: FsType,
+    /// All but `noexec` hold anyway: `ro`, `nosuid` and `nodev` always, and a read-only file system keeps no access times.
+    #[serde(default)]
+    pub mount_options: Vec<AttachOption>,
+    pub attach: Object<Device>,
+}
+
+#[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
+#[serde(rename_all = "lowercase", expecting = "a mount option")]
+#[schemars(inline)]
+pub(super) enum AttachOption {
+    Ro,
+    NoSuid,
+    NoDev,
+    NoExec,
+    NoAtime,
+    NoDirAtime,
+    RelAtime,
+    Loop,
+}
+
+/// What provides the blocks: a kind, and the object of that name.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = one_device)]
+pub(super) struct Device {
+    pub kind: DeviceKind,
+    /// An image file behind a loop device.
+    pub loopback: Option<Object<Loopback>>,
+    /// A block device of the node.
+    pub local: Option<Object<Local>>,
+    #[schemars(skip)]
+    pub id: Ignored,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub device_file: Ignored,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub refs: Ignored,
+}
+
+#[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
+#[serde(rename_all = "lowercase", expecting = "a kind of device")]
+#[schemars(inline)]
+pub(super) enum DeviceKind {
+    Loopback,
+    Local,
+}
+
+/// An image file.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = base_mount)]
+pub(super) struct Loopback {
+    /// The file, relative to the base; a leading slash means the base. No `..`.
+    #[schemars(length(min = 1, max = 4095))]
+    pub path: String,
+    pub base: Base,
+    /// The mount that holds the file, for the base `mount`.
+    pub mount: Option<Box<Object<Mount>>>,
+    /// Partition tables are not read.
+    #[serde(default, rename = "readPartitions")]
+    #[schemars(extend("const" = false))]
+    pub read_partitions: bool,
+}
+
+/// Where a path starts: in another mount, or at the root directory of the node (which the admin's policy must allow).
+#[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
+#[serde(rename_all = "lowercase", expecting = "a base")]
+pub(super) enum Base {
+    Mount,
+    Root,
+}
+
+/// A block device of the node, which the admin's policy must allow.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Local {
+    /// A path below /dev, without `..`.
+    #[schemars(length(max = 4095), extend("pattern" = "^/dev/"))]
+    pub path: String,
+}
+
+/// A directory, bind-mounted.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = base_mount)]
+pub(super) struct MountBind {
+    /// The directory, relative to the base; a leading slash means the base. No `..`.
+    #[schemars(length(max = 4095))]
+    pub path: String,
+    pub base: Base,
+    /// Take the mounts below the directory along.
+    #[serde(default)]
+    pub recursive: bool,
+    #[serde(default)]
+    pub ro: bool,
+    /// The mount that holds the directory, for the base `mount`.
+    pub mount: Option<Box<Object<Mount>>>,
+}
+
+/// An NFS export.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MountNfs {
+    /// A host name, an IPv4 address or an IPv6 address.
+    #[schemars(length(min = 1, max = 253))]
+    pub host: String,
+    /// The exported directory: absolute, without `..`.
+    #[schemars(length(max = 4095), extend("pattern" = "^/"))]
+    pub path: String,
+    #[serde(default)]
+    pub ro: bool,
+    /// The NFS version; `4` is the newest minor version.
+    #[schemars(extend("enum" = ["3", "4", "4.0", "4.1", "4.2", null], "default" = "4.2"))]
+    pub version: Option<String>,
+    /// Options of nfs(5), one in each string: `hard`, `timeo=600`. Not `vers`, `addr` and `clientaddr`.
+    #[serde(default)]
+    pub options: Vec<String>,
+}
+
+/// Layers of directories, and what takes the writes.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MountOverlay {
+    /// The layers, uppermost first.
+    #[schemars(length(min = 1, max = super::MAX_LOWER))]
+    pub lower: Vec<Object<Mount>>,
+    /// The writable layer: a directory on the node's disk unless said otherwise. Not part of the ImageAPI.
+    pub upper: Option<Object<Upper>>,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub upperdir: Ignored,
+    /// Returned by the ImageAPI; ignored here.
+    #[schemars(with = "Option<Value>", extend("readOnly" = true))]
+    pub workdir: Ignored,
+}
+
+/// The writable layer of an overlay; it ends with the published path.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(transform = tmpfs_size)]
+pub(super) struct Upper {
+    pub kind: UpperKind,
+    /// The most a tmpfs may hold: a Kubernetes quantity above 0, such as `256Mi`.
+    pub size: Option<String>,
+}
+
+/// A directory on the node's disk, memory, or none: then the overlay is read-only.
+#[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
+#[serde(rename_all = "lowercase", expecting = "a kind of upper layer")]
+pub(super) enum UpperKind {
+    Directory,
+    Tmpfs,
+    None,
+}
+
+fn one_mount(schema: &mut Schema) {
+    one_object(schema, &["attach", "bind", "nfs", "overlay"]);
+}
+
+fn one_device(schema: &mut Schema) {
+    one_object(schema, &["loopback", "local"]);
+}
+
+/// The object that `kind` names must be there, and no other.
+fn one_object(schema: &mut Schema, kinds: &[&str]) {
+    let branch = |kind: &&str| {
+        let object = |name: &&str| {
+            let only = if name == kind { "object" } else { "null" };
+            ((*name).to_owned(), json!({ "type": only }))
+        };
+        let mut properties: serde_json::Map<String, Value> = kinds.iter().map(object).collect();
+        properties.insert("kind".to_owned(), json!({ "const": kind }));
+        json!({ "properties": properties, "required": [kind] })
+    };
+    schema.insert("oneOf".to_owned(), kinds.iter().map(branch).collect());
+}
+
+/// The base `mount` needs a mount, the base `root` none.
+fn base_mount(schema: &mut Schema) {
+    let branches = json!([
+        {
+            "properties": { "base": { "const": "mount" }, "mount": { "type": "object" } },
+            "required": ["mount"],
+        },
+        { "properties": { "base": { "const": "root" }, "mount": { "type": "null" } } },
+    ]);
+    schema.insert("oneOf".to_owned(), branches);
+}
+
+/// A tmpfs needs a size, the others have none.
+fn tmpfs_size(schema: &mut Schema) {
+    let branches = json!([
+        {
+            "properties": { "kind": { "const": "tmpfs" }, "size": { "type": "string" } },
+            "required": ["size"],
+        },
+        {
+            "properties": { "kind": { "enum": ["directory", "none"] }, "size": { "type": "null" } },
+        },
+    ]);
+    schema.insert("oneOf".to_owned(), branches);
+}

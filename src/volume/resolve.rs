@@ -1,0 +1,34 @@
+//! Host names to addresses, in the process: a static binary has no name service switch.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+
+use super::blocking::waiting_for;
+use super::error::{Error, Kind, Result};
+
+/// How long a name server may take; its own retries are inside of it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The addresses of a host by `/etc/hosts` and the name servers of `/etc/resolv.conf`, in the order in which to try them.
+///
+/// The files are read at each call: a node's name servers change while the driver runs.
+pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
+    if let Ok(address) = host.parse() {
+        return Ok(vec![address]);
+    }
+    waiting_for(format!("resolve {host}"));
+    let unavailable = |why: String| {
+        let hint = "is the name right, and do this node's name servers (/etc/resolv.conf) know it?";
+        Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}"))
+    };
+    let resolver = TokioResolver::builder_tokio()
+        .and_then(|builder| builder.build())
+        .map_err(|error| unavailable(format!("read /etc/resolv.conf: {error}")))?;
+    let answer = tokio::time::timeout(PATIENCE, resolver.lookup_ip(host))
+        .await
+        .map_err(|_| unavailable(format!("no answer in {} s", PATIENCE.as_secs())))?
+        .map_err(|error| unavailable(error.to_string()))?;
+    Ok(answer.iter().collect())
+}

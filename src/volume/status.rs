@@ -1,0 +1,168 @@
+//! The live graph of this driver's volumes on a node, read from the kernel by any process.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::error::Result;
+use super::{Publication, record};
+use crate::kernel::loop_device::{self, Tag};
+use crate::kernel::mountinfo::{self, MountInfo};
+use crate::spec::{Base, Device, Mount};
+
+/// The major number of loop devices (Documentation/admin-guide/devices.txt).
+const LOOP_MAJOR: u32 = 7;
+
+/// What the driver has on this node.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    pub volumes: Vec<PublishedVolume>,
+    pub loop_devices: Vec<Loop>,
+}
+
+/// One published path.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PublishedVolume {
+    pub volume_id: String,
+    pub target: PathBuf,
+    /// File system type and options from the mount table; `None` where the record says published and the kernel does not.
+    pub mounted: Option<String>,
+    /// The loop devices below it, uppermost layer first.
+    pub loop_devices: Vec<u32>,
+    /// The images and exports of its spec.
+    pub sources: Vec<String>,
+}
+
+/// One loop device of this driver.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Loop {
+    pub number: u32,
+    /// The image's path, relative to the root of its mount.
+    pub image: Option<String>,
+    pub size: u64,
+    /// How many published paths stand on it.
+    pub published: usize,
+}
+
+/// Reads the driver's records, the mount table and the loop devices. Asks no server.
+pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
+    let mounts = mountinfo::read()?;
+    let mounts: BTreeMap<&str, &MountInfo> = mounts.iter().map(|mount| (mount.mount_point.as_str(), mount)).collect();
+    let mut records = record::all(data_dir)?;
+    records.sort_by(|a, b| a.target.cmp(&b.target));
+    let volumes: Vec<_> = records.iter().map(|record| volume(record, &mounts)).collect();
+    let loop_devices = loop_device::list(&Tag::new(driver_name))?
+        .into_iter()
+        .map(|attached| {
+            let number = attached.device.number();
+            Loop {
+                number,
+                image: loop_device::backing_file(number),
+                size: attached.identity.size,
+                published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
+            }
+        })
+        .collect();
+    Ok(Status { volumes, loop_devices })
+}
+
+fn volume(record: &Publication, mounts: &BTreeMap<&str, &MountInfo>) -> PublishedVolume {
+    let mount = record.target.to_str().and_then(|target| mounts.get(target));
+    let mut sources = Vec::new();
+    list_sources(&record.mount, &mut sources);
+    PublishedVolume {
+        volume_id: record.volume_id.clone(),
+        target: record.target.clone(),
+        mounted: mount.map(|mount| format!("{} ({},{})", mount.fs_type, mount.options, mount.super_options)),
+        loop_devices: mount.map(|mount| loops_of(mount)).unwrap_or_default(),
+        sources,
+    }
+}
+
+/// The device that is mounted, or the `lowerdir` names by which the driver stacks devices: `0-loop3`.
+fn loops_of(mount: &MountInfo) -> Vec<u32> {
+    if mount.device.0 == LOOP_MAJOR {
+        return vec![mount.device.1];
+    }
+    let options = mount.super_options.split(',');
+    let layers = options.filter_map(|option| option.strip_prefix("lowerdir=").or(option.strip_prefix("lowerdir+=")));
+    layers.flat_map(|layers| layers.split(':')).filter_map(|layer| layer.split_once("-loop")?.1.parse().ok()).collect()
+}
+
+fn list_sources(mount: &Mount, sources: &mut Vec<String>) {
+    let base_of = |base: &Base, sources: &mut Vec<String>| match base {
+        Base::Root => sources.push("the node's root directory".into()),
+        Base::Mount(mount) => list_sources(mount, sources),
+    };
+    match mount {
+        Mount::Nfs(nfs) => sources.push(format!("nfs {}:{} (version {})", nfs.host, nfs.path, nfs.version)),
+        Mount::Attach(attach) => match &attach.device {
+            Device::Loopback(loopback) => {
+                sources.push(format!("{} image {}", attach.fs_type, loopback.path));
+                base_of(&loopback.base, sources);
+            }
+            Device::Local { path } => sources.push(format!("{} on {path}", attach.fs_type)),
+        },
+        Mount::Bind(bind) => {
+            sources.push(format!("directory {}", bind.path));
+            base_of(&bind.base, sources);
+        }
+        Mount::Overlay(overlay) => overlay.lower.iter().for_each(|lower| list_sources(lower, sources)),
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.volumes.is_empty() && self.loop_devices.is_empty() {
+            return writeln!(f, "no volumes, no loop devices");
+        }
+        for volume in &self.volumes {
+            writeln!(f, "volume {}", volume.volume_id)?;
+            writeln!(f, "  published at {}", volume.target.display())?;
+            writeln!(f, "  mounted as   {}", volume.mounted.as_deref().unwrap_or("nothing: not mounted any more"))?;
+            for number in &volume.loop_devices {
+                writeln!(f, "  stands on    /dev/loop{number}")?;
+            }
+            for source in &volume.sources {
+                writeln!(f, "  made of      {source}")?;
+            }
+        }
+        for device in &self.loop_devices {
+            let Loop { number, image, size, published } = device;
+            let image = image.as_deref().unwrap_or("?");
+            writeln!(f, "/dev/loop{number}: image {image}, {size} bytes, {published} published")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(device: (u32, u32), super_options: &str) -> MountInfo {
+        MountInfo {
+            id: 1,
+            parent: 0,
+            device,
+            mount_point: "/t".into(),
+            options: "rw".into(),
+            fs_type: "overlay".into(),
+            source: "squashfs.csi.dev".into(),
+            super_options: super_options.into(),
+        }
+    }
+
+    #[test]
+    fn the_loop_devices_of_a_mount_are_read_from_the_mount_table() {
+        assert_eq!(loops_of(&mount((7, 12), "ro")), [12]);
+        let old = "rw,lowerdir=0-loop3:1-nfs:2-loop11,upperdir=upper/upper,workdir=upper/work";
+        assert_eq!(loops_of(&mount((0, 50), old)), [3, 11]);
+        assert_eq!(loops_of(&mount((0, 50), "ro,lowerdir+=0-loop3,lowerdir+=1-loop4")), [3, 4]);
+    }
+}
