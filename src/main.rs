@@ -13,7 +13,8 @@ use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Mount};
 use csi_driver_squashfs::volume::{Config, Publication, Volumes, status};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -46,7 +47,7 @@ struct Global {
     timeout: u64,
     /// What to log: error, warn, info, debug, trace
     #[arg(long, global = true, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
-    log_level: EnvFilter,
+    log_level: LevelFilter,
     #[arg(long, global = true, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
@@ -214,7 +215,7 @@ fn read_spec(global: &Global, file: &Path) -> Result<Mount, Box<dyn std::error::
     for warning in &parsed.warnings {
         eprintln!("csi-driver-squashfs: warning: {warning}");
     }
-    policy(global)?.check(&parsed.mount)?;
+    parsed.check(&policy(global)?)?;
     Ok(parsed.mount)
 }
 
@@ -235,12 +236,15 @@ fn driver_name(name: &str) -> Result<String, String> {
     Err("a driver name is a domain name of at most 63 letters, digits, '-' and '.'".into())
 }
 
+/// The level is the driver's own; of its libraries only warnings are of interest.
 fn start_log(global: &Global) {
-    let log = tracing_subscriber::fmt().with_env_filter(global.log_level.clone()).with_writer(io::stderr);
-    match global.log_format {
-        LogFormat::Text => log.with_target(false).with_ansi(io::stderr().is_terminal()).init(),
-        LogFormat::Json => log.json().flatten_event(true).with_target(false).init(),
-    }
+    let levels = Targets::new().with_default(LevelFilter::WARN).with_target("csi_driver_squashfs", global.log_level);
+    let log = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_target(false);
+    let log = match global.log_format {
+        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => log.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry().with(log.with_filter(levels)).init();
 }
 
 /// Ready when the process is asked to end, by Kubernetes or at a terminal.

@@ -26,7 +26,7 @@ pub fn mount_of(context: &HashMap<String, String>, capability: &VolumeCapability
     for warning in &parsed.warnings {
         tracing::warn!("{warning}");
     }
-    policy.check(&parsed.mount)?;
+    parsed.check(policy)?;
     Ok(parsed.mount)
 }
 

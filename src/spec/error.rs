@@ -46,7 +46,7 @@ impl SpecError {
         SpecError {
             kind,
             parameter: printable(parameter, QUOTED),
-            pointer: pointer.to_owned(),
+            pointer: printable(pointer, MESSAGE),
             message: printable(message, MESSAGE),
         }
     }

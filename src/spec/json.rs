@@ -3,7 +3,8 @@
 //! - An overlay is the outermost mount or none: its layers are listed in one `lower`, and a directory of it is reached
 //!   through the volume's path.
 //! - File systems on devices are read-only whether `ro` is said or not.
-//! - `overlay.upper` is ours: `{"kind":"directory"}` (the default), `{"kind":"tmpfs","size":"256Mi"}`, `{"kind":"none"}`.
+//! - `overlay.upper` is ours: `{"kind":"directory"}` (the default), `{"kind":"tmpfs","size":"256Mi"}` or
+//!   `{"kind":"none"}`.
 //! - References to objects by `id` are refused; fields that the ImageAPI only returns are ignored with a warning.
 
 mod reader;

@@ -1,5 +1,5 @@
-//! The mount options of a volume (a PersistentVolume's `mountOptions`), as users of other NFS drivers write them: options
-//! of nfs(5), the protocol version among them, mixed with words of mount(8).
+//! The mount options of a volume (a PersistentVolume's `mountOptions`), as users of other NFS drivers write them:
+//! options of nfs(5), the protocol version among them, mixed with words of mount(8).
 
 use super::{
     Mount, NfsOption, NfsVersion,

@@ -1,4 +1,5 @@
-//! The attributes of a volume: a JSON `mount` object in `mountSpec`, or the flat form that covers one image on one export.
+//! The attributes of a volume: a JSON `mount` object in `mountSpec`, or the flat form that covers one image on one
+//! export.
 
 use super::{
     Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper,
@@ -98,7 +99,7 @@ pub(super) fn canonical<'a>(
 fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<Parsed, SpecError> {
     let get = |name: &'static str| attributes.get(name).map(|value| value.trim());
     let need = |name: &'static str| {
-        let missing = "is required, as is each of server, share and image, unless \"mountSpec\" is used";
+        let missing = "is required: the flat form needs server, share and image; else use \"mountSpec\"";
         get(name).filter(|value| !value.is_empty()).ok_or_else(|| invalid(name, missing))
     };
     let (server, share, image) = (need("server")?, need("share")?, need("image")?);

@@ -1,8 +1,8 @@
-//! The patterns of the admin's policy. A `*` stands for any characters, but never for a dot between two labels of a host
-//! name or a slash between two components of a path.
+//! The patterns of the admin's policy. A `*` stands for any characters, but never for a dot between two labels of a
+//! host name or a slash between two components of a path.
 
-/// Whether `path` is what the pattern names, or below it: `/images` covers `/images/a` but not `/images2`, `/home/*/images`
-/// covers one home. Both are absolute and normalised.
+/// Whether `path` is what the pattern names, or below it: `/images` covers `/images/a` but not `/images2`,
+/// `/home/*/images` covers one home. Both are absolute and normalised.
 pub(super) fn covers(pattern: &str, path: &str) -> bool {
     let mut components = path.split('/').filter(|component| !component.is_empty());
     pattern

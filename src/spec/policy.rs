@@ -1,5 +1,5 @@
 //! What the admin of a cluster allows its users to ask for, in a YAML file. Without one, any NFS server may be used,
-//! nothing of the node itself, and only file systems that are made for being read from untrusted images.
+//! nothing of the node itself, and only file systems that are read-only by design.
 //!
 #![doc = concat!("```yaml\n", include_str!("policy/example.yaml"), "```")]
 
@@ -8,7 +8,7 @@ use super::{
     error::{SpecError, quote, unknown},
     json, options,
     pattern::{covers, matches, names_host},
-    read::{self, Object},
+    read::{self, Object, words},
     text,
 };
 use serde::{Deserialize, Deserializer};
@@ -26,6 +26,7 @@ pub struct Policy {
     servers: Option<Vec<Server>>,
     host_paths: Paths,
     local_devices: Paths,
+    #[serde(deserialize_with = "words")]
     fs_types: Vec<FsType>,
     #[serde(deserialize_with = "present")]
     nfs_options: Option<Vec<String>>,
@@ -40,7 +41,7 @@ struct Server {
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(untagged, expecting = "true, false or a list of paths")]
+#[serde(untagged, expecting = "must be true, false or a list of paths")]
 enum Paths {
     All(bool),
     Below(Vec<String>),

@@ -7,7 +7,7 @@ use super::{
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+    de::{Error, IntoDeserializer, MapAccess, Visitor, value::MapAccessDeserializer},
 };
 use serde_path_to_error::{Path, Segment};
 use std::{borrow::Cow, fmt, marker::PhantomData};
@@ -54,6 +54,37 @@ impl<T: JsonSchema> JsonSchema for Object<T> {
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         T::json_schema(generator)
+    }
+}
+
+/// Reads an enum from its name only; serde's derive would take an object around the name as well.
+pub(super) fn word<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    Word::deserialize(deserializer).map(|word| word.0)
+}
+
+/// Reads a list of enums as [`word`] does.
+pub(super) fn words<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let words: Vec<Word<T>> = Vec::deserialize(deserializer)?;
+    Ok(words.into_iter().map(|word| word.0).collect())
+}
+
+struct Word<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Word<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Word<T>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        T::deserialize(text.into_deserializer()).map(Word)
+    }
+}
+
+/// A reference to an object of the ImageAPI: refused where it stands, before a missing field beside it is.
+pub(super) enum Reference {}
+
+const REFERENCE: &str = "references are not supported: embed the object itself";
+
+impl<'de> Deserialize<'de> for Reference {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Reference, D::Error> {
+        Err(D::Error::custom(REFERENCE))
     }
 }
 
@@ -134,6 +165,9 @@ fn explain(text: &str) -> String {
         }
         let message = unknown("value", value, &known);
         return if value.contains(',') { message + "; each string is one" } else { message };
+    }
+    if text.starts_with(REFERENCE) {
+        return REFERENCE.to_owned();
     }
     if text.starts_with("recursion limit exceeded") {
         return format!("nested too deeply: at most {MAX_DEPTH} mounts inside each other");

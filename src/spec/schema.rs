@@ -4,8 +4,8 @@ use super::wire;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
-/// The schema (draft 2020-12) of what the parameter `mountSpec` holds. It accepts all that [`super::json::parse`] accepts;
-/// the parser is stricter where a schema cannot say it, such as about the nesting of overlays.
+/// The schema (draft 2020-12) of what the parameter `mountSpec` holds. It accepts all that [`super::json::parse`]
+/// accepts; the parser is stricter where a schema cannot say it, such as about the nesting of overlays.
 pub fn schema() -> Value {
     let mut schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<wire::Mount>();
     schema.insert("title".to_owned(), "mount spec of csi-driver-squashfs".into());

@@ -1,7 +1,8 @@
 //! Templates in the parameters of a StorageClass: one class serves many claims, each with its own image or directory.
 //!
-//! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`, and in
-//! every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot climb.
+//! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`,
+//! and in every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot
+//! climb.
 
 use super::{
     error::{SpecError, quote},
@@ -20,7 +21,8 @@ const TEMPLATES: [(&str, &str); 3] = [
 ];
 
 /// Turns the parameters of a CreateVolume call into the volume's context: templates replaced, names in their documented
-/// spelling, Kubernetes' own parameters dropped. What the values say is left to [`super::parameters::parse_attributes`].
+/// spelling, Kubernetes' own parameters dropped. What the values say is left to
+/// [`super::parameters::parse_attributes`].
 pub fn expand<'a>(
     parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
 ) -> Result<BTreeMap<String, String>, SpecError> {

@@ -1,7 +1,10 @@
-//! The JSON forms, field by field, as serde reads them. The JSON schema is generated from these types, so their comments
-//! are its descriptions. What they cannot say, such as what a host may look like, [`super::json`] checks.
+//! The JSON forms, field by field, as serde reads them. The JSON schema is generated from these types, so their
+//! comments are its descriptions. What they cannot say, such as what a host may look like, [`super::json`] checks.
 
-use super::{FsType, read::Object};
+use super::{
+    FsType,
+    read::{Object, Reference, word, words},
+};
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Value, json};
@@ -14,6 +17,7 @@ type Ignored = Option<IgnoredAny>;
 #[serde(deny_unknown_fields)]
 #[schemars(transform = one_mount)]
 pub(super) struct Mount {
+    #[serde(deserialize_with = "word")]
     pub kind: MountKind,
     /// A file system on a block device, always mounted read-only.
     pub attach: Option<Object<MountAttach>>,
@@ -24,7 +28,8 @@ pub(super) struct Mount {
     /// Layers. Only allowed as the outermost mount.
     pub overlay: Option<Object<MountOverlay>>,
     #[schemars(skip)]
-    pub id: Ignored,
+    #[serde(rename = "id")]
+    pub _id: Option<Reference>,
     /// Returned by the ImageAPI; ignored here.
     #[schemars(with = "Option<Value>", extend("readOnly" = true))]
     pub mountpoint: Ignored,
@@ -34,7 +39,7 @@ pub(super) struct Mount {
 }
 
 #[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
-#[serde(rename_all = "lowercase", expecting = "a kind of mount")]
+#[serde(rename_all = "lowercase")]
 #[schemars(inline)]
 pub(super) enum MountKind {
     Attach,
@@ -47,15 +52,17 @@ pub(super) enum MountKind {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct MountAttach {
+    #[serde(deserialize_with = "word")]
     pub fs_type: FsType,
-    /// All but `noexec` hold anyway: `ro`, `nosuid` and `nodev` always, and a read-only file system keeps no access times.
-    #[serde(default)]
+    /// All but `noexec` hold anyway: `ro`, `nosuid` and `nodev` always, and a read-only file system keeps no access
+    /// times.
+    #[serde(default, deserialize_with = "words")]
     pub mount_options: Vec<AttachOption>,
     pub attach: Object<Device>,
 }
 
 #[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
-#[serde(rename_all = "lowercase", expecting = "a mount option")]
+#[serde(rename_all = "lowercase")]
 #[schemars(inline)]
 pub(super) enum AttachOption {
     Ro,
@@ -73,13 +80,15 @@ pub(super) enum AttachOption {
 #[serde(deny_unknown_fields)]
 #[schemars(transform = one_device)]
 pub(super) struct Device {
+    #[serde(deserialize_with = "word")]
     pub kind: DeviceKind,
     /// An image file behind a loop device.
     pub loopback: Option<Object<Loopback>>,
     /// A block device of the node.
     pub local: Option<Object<Local>>,
     #[schemars(skip)]
-    pub id: Ignored,
+    #[serde(rename = "id")]
+    pub _id: Option<Reference>,
     /// Returned by the ImageAPI; ignored here.
     #[schemars(with = "Option<Value>", extend("readOnly" = true))]
     pub device_file: Ignored,
@@ -89,7 +98,7 @@ pub(super) struct Device {
 }
 
 #[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
-#[serde(rename_all = "lowercase", expecting = "a kind of device")]
+#[serde(rename_all = "lowercase")]
 #[schemars(inline)]
 pub(super) enum DeviceKind {
     Loopback,
@@ -104,6 +113,7 @@ pub(super) struct Loopback {
     /// The file, relative to the base; a leading slash means the base. No `..`.
     #[schemars(length(min = 1, max = 4095))]
     pub path: String,
+    #[serde(deserialize_with = "word")]
     pub base: Base,
     /// The mount that holds the file, for the base `mount`.
     pub mount: Option<Box<Object<Mount>>>,
@@ -115,7 +125,7 @@ pub(super) struct Loopback {
 
 /// Where a path starts: in another mount, or at the root directory of the node (which the admin's policy must allow).
 #[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
-#[serde(rename_all = "lowercase", expecting = "a base")]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Base {
     Mount,
     Root,
@@ -138,6 +148,7 @@ pub(super) struct MountBind {
     /// The directory, relative to the base; a leading slash means the base. No `..`.
     #[schemars(length(max = 4095))]
     pub path: String,
+    #[serde(deserialize_with = "word")]
     pub base: Base,
     /// Take the mounts below the directory along.
     #[serde(default)]
@@ -190,6 +201,7 @@ pub(super) struct MountOverlay {
 #[serde(deny_unknown_fields)]
 #[schemars(transform = tmpfs_size)]
 pub(super) struct Upper {
+    #[serde(deserialize_with = "word")]
     pub kind: UpperKind,
     /// The most a tmpfs may hold: a Kubernetes quantity above 0, such as `256Mi`.
     pub size: Option<String>,
@@ -197,7 +209,7 @@ pub(super) struct Upper {
 
 /// A directory on the node's disk, memory, or none: then the overlay is read-only.
 #[derive(Clone, Copy, Deserialize, JsonSchema, PartialEq)]
-#[serde(rename_all = "lowercase", expecting = "a kind of upper layer")]
+#[serde(rename_all = "lowercase")]
 pub(super) enum UpperKind {
     Directory,
     Tmpfs,

@@ -115,47 +115,52 @@ fn late(key: &str, operation: &Operation, same: bool, timeout: Duration) -> Erro
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::Notify;
 
     const LONG: Duration = Duration::from_secs(3600);
+    const SHORT: Duration = Duration::from_millis(10);
 
-    fn counted(count: &Arc<AtomicUsize>, time: Duration) -> impl Future<Output = Result<()>> + Send + 'static {
-        let count = Arc::clone(count);
+    /// Work that waits until it is let go, and counts itself.
+    fn gated(gate: &Arc<Notify>, count: &Arc<AtomicUsize>) -> impl Future<Output = Result<()>> + Send + 'static {
+        let (gate, count) = (Arc::clone(gate), Arc::clone(count));
         async move {
             super::super::blocking::waiting_for("the server");
-            tokio::time::sleep(time).await;
+            gate.notified().await;
             count.fetch_add(1, Ordering::SeqCst);
             Ok(())
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_same_request_joins_and_another_waits_its_turn() {
         let in_flight = InFlight::default();
+        let gate = Arc::new(Notify::new());
         let (first, second) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let run = |request: &str, count: &Arc<AtomicUsize>| {
-            in_flight.run("key".into(), request.into(), LONG, counted(count, Duration::from_secs(10)))
+        let run = |request: &str, count| in_flight.run("key".into(), request.into(), LONG, gated(&gate, count));
+        let open = async {
+            gate.notify_one();
+            tokio::task::yield_now().await;
+            assert!(second.load(Ordering::SeqCst) == 0 || first.load(Ordering::SeqCst) == 1);
+            gate.notify_one();
         };
-        let start = Instant::now();
-        let (a, b, c) = tokio::join!(run("a", &first), run("a", &first), run("b", &second));
+        let (a, b, c, ()) = tokio::join!(run("a", &first), run("a", &first), run("b", &second), open);
         a.and(b).and(c).unwrap();
         assert_eq!((first.load(Ordering::SeqCst), second.load(Ordering::SeqCst)), (1, 1));
-        assert_eq!(start.elapsed().as_secs(), 20);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_late_call_says_what_it_waits_for_and_the_next_one_joins() {
         let in_flight = InFlight::default();
-        let count = Arc::new(AtomicUsize::new(0));
-        let run = |request: &str, seconds| {
-            let timeout = Duration::from_secs(seconds);
-            in_flight.run("volume v".into(), request.into(), timeout, counted(&count, Duration::from_secs(100)))
-        };
-        let error = run("stage", 60).await.unwrap_err();
+        let (gate, count) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+        let run =
+            |request: &str, timeout| in_flight.run("volume v".into(), request.into(), timeout, gated(&gate, &count));
+        let error = run("stage", SHORT).await.unwrap_err();
         assert_eq!(error.kind, Kind::DeadlineExceeded);
         assert!(error.message.contains("still at: the server"), "{error}");
-        let error = run("unstage", 30).await.unwrap_err();
+        let error = run("unstage", SHORT).await.unwrap_err();
         assert_eq!(error.kind, Kind::Aborted);
-        run("stage", 60).await.unwrap();
+        gate.notify_one();
+        run("stage", LONG).await.unwrap();
         assert_eq!(count.load(Ordering::SeqCst), 1);
     }
 

@@ -1,9 +1,10 @@
 //! Host names to addresses, in the process: a static binary has no name service switch.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 
 use super::blocking::waiting_for;
 use super::error::{Error, Kind, Result};
@@ -23,9 +24,12 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
         let hint = "is the name right, and do this node's name servers (/etc/resolv.conf) know it?";
         Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}"))
     };
-    let resolver = TokioResolver::builder_tokio()
-        .and_then(|builder| builder.build())
-        .map_err(|error| unavailable(format!("read /etc/resolv.conf: {error}")))?;
+    let builder = TokioResolver::builder_tokio().unwrap_or_else(|error| {
+        tracing::debug!(%error, "/etc/resolv.conf names no name server: the node's own is asked, see resolv.conf(5)");
+        let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
+        TokioResolver::builder_with_config(ResolverConfig::from_parts(None, Vec::new(), vec![own]), Default::default())
+    });
+    let resolver = builder.build().map_err(|error| unavailable(error.to_string()))?;
     let answer = tokio::time::timeout(PATIENCE, resolver.lookup_ip(host))
         .await
         .map_err(|_| unavailable(format!("no answer in {} s", PATIENCE.as_secs())))?

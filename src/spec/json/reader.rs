@@ -28,7 +28,7 @@ impl<'a> Reader<'a> {
             return Err(invalid(at, "", message));
         }
         let returned = [("mountpoint", wire.mountpoint.is_some()), ("refs", wire.refs.is_some())];
-        self.identity(at, wire.id.is_some(), &returned)?;
+        self.ignore(at, &returned);
         let kind = match wire.kind {
             MountKind::Attach => "attach",
             MountKind::Bind => "bind",
@@ -78,7 +78,7 @@ impl<'a> Reader<'a> {
 
     fn device(&mut self, at: &str, Object(wire): Object<wire::Device>, depth: usize) -> Result<Device, SpecError> {
         let returned = [("device_file", wire.device_file.is_some()), ("refs", wire.refs.is_some())];
-        self.identity(at, wire.id.is_some(), &returned)?;
+        self.ignore(at, &returned);
         let kind = match wire.kind {
             DeviceKind::Loopback => "loopback",
             DeviceKind::Local => "local",
@@ -151,7 +151,7 @@ impl<'a> Reader<'a> {
             return Err(invalid(at, "", message));
         }
         let returned = [("upperdir", wire.upperdir.is_some()), ("workdir", wire.workdir.is_some())];
-        self.identity(at, false, &returned)?;
+        self.ignore(at, &returned);
         if wire.lower.is_empty() || wire.lower.len() > MAX_LOWER {
             let message = format!("{} layers: from 1 to {MAX_LOWER} are allowed", wire.lower.len());
             return Err(invalid(at, "/lower", message));
@@ -169,15 +169,11 @@ impl<'a> Reader<'a> {
         Ok(Overlay { lower, upper: wire.upper.map_or(Ok(Upper::default()), |wire| upper(at, &wire.0))? })
     }
 
-    /// Refuses a reference, and warns of fields that only the ImageAPI writes.
-    fn identity(&mut self, at: &str, id: bool, returned: &[(&str, bool)]) -> Result<(), SpecError> {
-        if id {
-            return Err(invalid(at, "/id", "references are not supported: embed the object itself"));
-        }
+    /// Warns of fields that only the ImageAPI writes.
+    fn ignore(&mut self, at: &str, returned: &[(&str, bool)]) {
         for (field, _) in returned.iter().filter(|(_, present)| *present) {
             self.warnings.push(format!("{PARAMETER}{at}/{field}: ignored: only the ImageAPI sets it"));
         }
-        Ok(())
     }
 }
 

@@ -193,6 +193,9 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "container definition: pass the object in its field \"mount\"",
     ),
     (r#"{"mount":NFS}"#, "", "\"mount\""),
+    (r#"{"id":7}"#, "/id", "references are not supported: embed the object itself"),
+    (r#"{"kind":{"nfs":null}}"#, "/kind", "expected a string, got map"),
+    (r#"{"kind":5}"#, "/kind", "expected a string, got integer `5`"),
     // NFS.
     (r#"{"kind":"nfs","nfs":{"host":"a,b","path":"/"}}"#, "/nfs/host", "not a host name"),
     (r#"{"kind":"nfs","nfs":{"host":"a","path":"images"}}"#, "/nfs/path", "not an absolute path"),

@@ -141,3 +141,10 @@ fn long_lists_are_cut_in_errors() {
     let error = check(&format!("servers: [{}]", hosts.join(",")), &nfs("a", "/", "hard")).unwrap_err();
     assert!(error.message.ends_with("h7, ..."), "{error}");
 }
+
+#[test]
+fn nesting_is_limited() {
+    for text in ["[".repeat(10_000), "{a: ".repeat(10_000), "- ".repeat(10_000)] {
+        assert!(Policy::parse(&text).is_err());
+    }
+}
