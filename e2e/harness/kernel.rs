@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::{run, wait_for};
+use super::run;
 
 /// The loop devices that have a file.
 pub fn loop_devices() -> Vec<String> {
@@ -17,21 +17,18 @@ pub fn loop_devices() -> Vec<String> {
     devices
 }
 
-/// The lines of the mount table with a mount point below the kubelet's directory, but for the directory's own.
-pub fn kubelet_mounts() -> Vec<String> {
+/// The lines of the mount table with a mount point below `directory`.
+pub fn mounts_below(directory: &Path) -> Vec<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let below = |line: &&str| line.split(' ').nth(4).is_some_and(|path| path.starts_with("/var/lib/kubelet/"));
+    let below = |line: &&str| line.split(' ').nth(4).is_some_and(|path| Path::new(path).starts_with(directory));
     table.lines().filter(below).map(Into::into).collect()
 }
 
 /// The line of the mount table for one mount point.
 pub fn mount_line(target: &Path) -> String {
-    let target = target.to_str().unwrap();
-    let lines = kubelet_mounts();
-    let mut lines = lines.iter().filter(|line| line.split(' ').nth(4) == Some(target));
-    let line = lines.next().unwrap_or_else(|| panic!("{target} is not mounted"));
-    assert!(lines.next().is_none(), "{target} is mounted twice");
-    line.clone()
+    let mut lines = mounts_below(target);
+    assert_eq!(lines.len(), 1, "{} is mounted {} times", target.display(), lines.len());
+    lines.remove(0)
 }
 
 /// The NFS mounts in the host's mount table: there must be none.
@@ -52,19 +49,10 @@ pub fn rpcs() -> u64 {
     line.split(' ').nth(1).unwrap().parse().unwrap()
 }
 
-/// Fails unless all that the drivers made is gone; the kernel closes a connection a moment after its last user went.
-pub fn assert_nothing_left() {
-    assert_eq!(kubelet_mounts(), [""; 0], "mounts are left");
-    let in_vm = std::env::var_os("NFS_SERVER").is_some();
-    wait_for("loop devices and connections to go", || loop_devices().is_empty() && (!in_vm || nfs_connections() == 0));
-}
-
 /// Cleans up after a scenario that failed, so that the next one is not blamed.
 pub fn unmount_below(directory: &Path) {
-    for line in kubelet_mounts().iter().rev() {
+    for line in mounts_below(directory).iter().rev() {
         let path = line.split(' ').nth(4).unwrap();
-        if Path::new(path).starts_with(directory) {
-            let _ = std::process::Command::new("umount").args(["-l", path]).status();
-        }
+        let _ = std::process::Command::new("umount").args(["-l", path]).status();
     }
 }

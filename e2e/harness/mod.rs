@@ -36,6 +36,7 @@ pub struct Driver {
     pub directory: PathBuf,
     pub name: String,
     process: Option<Child>,
+    foreign_loop_devices: Vec<String>,
     arguments: Vec<String>,
     runtime: tokio::runtime::Runtime,
     channel: Channel,
@@ -118,7 +119,8 @@ impl Driver {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let endpoint = Endpoint::try_from(format!("unix://{}", path("csi.sock"))).unwrap();
         let channel = runtime.block_on(async { endpoint.connect_lazy() });
-        let mut driver = Driver { directory, name, process: None, arguments, runtime, channel };
+        let foreign_loop_devices = kernel::loop_devices();
+        let mut driver = Driver { directory, name, process: None, foreign_loop_devices, arguments, runtime, channel };
         driver.launch();
         driver
     }
@@ -244,9 +246,26 @@ impl Driver {
         fs::read_dir(self.data_dir().join("published")).map_or(0, Iterator::count)
     }
 
-    /// Fails unless the kernel and the disk have nothing of any driver's: mounts, loop devices, connections, scratch layers.
+    /// The lines of the mount table that are this driver's.
+    pub fn mounts(&self) -> Vec<String> {
+        kernel::mounts_below(&self.directory)
+    }
+
+    /// The loop devices that came since this driver was started.
+    pub fn loop_devices(&self) -> Vec<String> {
+        let mut devices = kernel::loop_devices();
+        devices.retain(|device| !self.foreign_loop_devices.contains(device));
+        devices
+    }
+
+    /// Fails unless the kernel and the disk have nothing of this driver's: mounts, loop devices, connections, scratch layers.
     pub fn assert_nothing_left(&self) {
-        kernel::assert_nothing_left();
+        assert_eq!(self.mounts(), [""; 0], "mounts are left");
+        let in_vm = std::env::var_os("NFS_SERVER").is_some();
+        // The kernel closes a connection a moment after its last user went.
+        wait_for("loop devices and connections to go", || {
+            self.loop_devices().is_empty() && (!in_vm || kernel::nfs_connections() == 0)
+        });
         assert_eq!(self.published_directories(), 0, "records or scratch layers are left");
         let pods = fs::read_dir(self.directory.join("pods")).unwrap();
         for pod in pods {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use super::harness::image::Tree;
-use super::harness::{Driver, Volume, kernel, run};
+use super::harness::{Driver, Volume, run};
 use super::{attach, nfs, seed, server, squashfs};
 
 /// A volume that staging must refuse: why it is here, the volume, the code, and words of the message.
@@ -193,7 +193,7 @@ fn a_target_in_use_or_that_is_a_file_is_refused() {
     assert_eq!(error.code(), Code::AlreadyExists, "{error}");
     let error = driver.unpublish(&two, "pod").unwrap_err();
     assert!(error.message().contains("in use by volume one"), "{error}");
-    assert_eq!(kernel::kubelet_mounts().len(), 1);
+    assert_eq!(driver.mounts().len(), 1);
     driver.unpublish(&one, "pod").unwrap();
 
     let target = driver.target("file");

@@ -28,8 +28,8 @@ fn the_uppermost_of_three_layers_wins() {
     let volume = Volume::spec("v", &json!({"kind": "overlay", "overlay": {"lower": lower}})).writable();
     let target = driver.mount(&volume, "pod").unwrap();
     assert_eq!(["a", "b", "c"].map(|file| read(&target, file)), ["base", "middle", "top"]);
-    assert_eq!(kernel::loop_devices().len(), 3);
-    assert_eq!(kernel::kubelet_mounts().len(), 1);
+    assert_eq!(driver.loop_devices().len(), 3);
+    assert_eq!(driver.mounts().len(), 1);
     driver.unmount(&volume, "pod");
 
     let stacked = json!({"kind": "overlay", "overlay": {"lower": lower, "upper": {"kind": "none"}}});
@@ -77,7 +77,7 @@ fn a_directory_of_an_image_is_bound() {
     let target = driver.mount(&volume, "pod").unwrap();
     assert_eq!(read(&target, "bin/tool"), "tool");
     assert!(!target.join("etc").exists());
-    assert_eq!(kernel::kubelet_mounts().len(), 1);
+    assert_eq!(driver.mounts().len(), 1);
     driver.unmount(&volume, "pod");
 
     let lower = [bind];
@@ -98,7 +98,7 @@ fn an_image_inside_an_image_is_mounted() {
     let volume = Volume::spec("v", &attach("squashfs", "inner.sqsh", &squashfs("outer.sqsh")));
     let target = driver.mount(&volume, "pod").unwrap();
     assert_eq!(read(&target, "file"), "inner");
-    assert_eq!(kernel::loop_devices().len(), 2);
+    assert_eq!(driver.loop_devices().len(), 2);
     driver.unmount(&volume, "pod");
     driver.assert_nothing_left();
 }
@@ -240,7 +240,7 @@ fn a_read_only_publish_of_an_overlay_has_no_scratch_layer() {
     let error = fs::write(reader.join("file"), "mine").unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
     assert_eq!(read(&reader, "file"), "content");
-    assert_eq!(kernel::loop_devices().len(), 1);
+    assert_eq!(driver.loop_devices().len(), 1);
     driver.unpublish(&volume, "writer").unwrap();
     driver.unmount(&volume, "reader");
     driver.assert_nothing_left();

@@ -17,8 +17,8 @@ fn the_seeds_spec_is_published_twice_from_one_mount_and_one_loop_device_and_leav
     let one = driver.publish(&volume, "pod-1").unwrap();
     let two = driver.publish(&volume, "pod-2").unwrap();
 
-    assert_eq!(kernel::loop_devices().len(), 1);
-    assert_eq!(kernel::kubelet_mounts().len(), 2);
+    assert_eq!(driver.loop_devices().len(), 1);
+    assert_eq!(driver.mounts().len(), 2);
     assert_eq!(kernel::nfs_connections(), 1);
     assert_eq!(kernel::visible_nfs_mounts(), 0);
     let line = kernel::mount_line(&one);
@@ -65,9 +65,9 @@ fn volumes_of_one_image_share_it_and_the_hundredth_pod_costs_no_rpc() {
     driver.mount(&claimed, "pod-1").unwrap();
     driver.mount(&other, "pod-2").unwrap();
     driver.publish(&inline, "pod-3").unwrap();
-    assert_eq!(kernel::loop_devices().len(), 1);
+    assert_eq!(driver.loop_devices().len(), 1);
     assert_eq!(kernel::nfs_connections(), 1);
-    assert_eq!(kernel::kubelet_mounts().len(), 3);
+    assert_eq!(driver.mounts().len(), 3);
 
     fs::read(driver.publish(&claimed, "pod-4").unwrap().join("file")).unwrap();
     let before = kernel::rpcs();
@@ -100,8 +100,8 @@ fn every_call_can_be_repeated_and_comes_in_any_order() {
     for _ in 0..3 {
         driver.publish(&volume, "pod").unwrap();
     }
-    assert_eq!(kernel::kubelet_mounts().len(), 1);
-    assert_eq!(kernel::loop_devices().len(), 1);
+    assert_eq!(driver.mounts().len(), 1);
+    assert_eq!(driver.loop_devices().len(), 1);
     driver.unstage(&volume).unwrap();
     assert_eq!(fs::read_to_string(driver.target("pod").join("file")).unwrap(), "1");
     for _ in 0..3 {
@@ -125,8 +125,8 @@ fn a_killed_driver_hurts_no_reader_and_the_next_one_goes_on() {
     driver.launch();
     driver.publish(&volume, "pod-1").unwrap();
     driver.publish(&volume, "pod-2").unwrap();
-    assert_eq!(kernel::kubelet_mounts().len(), 2);
-    assert_eq!(kernel::loop_devices().len(), 1, "the image is attached twice");
+    assert_eq!(driver.mounts().len(), 2);
+    assert_eq!(driver.loop_devices().len(), 1, "the image is attached twice");
     driver.unpublish(&volume, "pod-1").unwrap();
     driver.unmount(&volume, "pod-2");
     driver.assert_nothing_left();

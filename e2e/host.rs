@@ -1,0 +1,160 @@
+//! The tests that need root and this machine's loop devices, but no NFS: images of the node itself. `make test-host`.
+
+#[path = "harness/mod.rs"]
+mod harness;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use harness::image::Tree;
+use harness::{Driver, Volume, run};
+use serde_json::{Value, json};
+
+/// A directory with images that the drivers of a test may use.
+struct Images(tempfile::TempDir);
+
+impl Images {
+    fn new() -> Self {
+        Images(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn driver(&self) -> Driver {
+        Driver::with_policy(&format!("hostPaths: [{}]", self.0.path().display()))
+    }
+
+    /// A volume with an overlay on an image that holds `file` with the image's name in it.
+    fn volume(&self, id: &str, name: &str) -> Volume {
+        let path = self.path(name);
+        if !path.exists() {
+            Tree::new(&[("file", name)]).squashfs(&path);
+        }
+        Volume::spec(id, &json!({"kind": "overlay", "overlay": {"lower": [squashfs(&path)]}})).writable()
+    }
+}
+
+fn squashfs(image: &Path) -> Value {
+    json!({"kind": "attach", "attach": {"fs_type": "squashfs", "attach": {
+        "kind": "loopback", "loopback": {"path": image, "base": "root"}
+    }}})
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn an_image_is_published_written_over_and_gone() {
+    let images = Images::new();
+    let driver = images.driver();
+    let volume = images.volume("v", "image");
+    let target = driver.mount(&volume, "pod").unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "image");
+    fs::write(target.join("file"), "mine").unwrap();
+    assert_eq!(driver.mounts().len(), 1);
+    assert_eq!(driver.loop_devices().len(), 1);
+    driver.unmount(&volume, "pod");
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn a_crowd_on_one_image_gets_one_loop_device_and_sixty_four_images_get_sixty_four() {
+    let images = Images::new();
+    let driver = images.driver();
+    for count in [1, 64] {
+        let volumes: Vec<_> =
+            (0..128).map(|n| images.volume(&format!("v{n}"), &format!("image{}", n % count))).collect();
+        let publish = volumes.iter().enumerate().map(|(n, volume)| {
+            let request = driver.publish_request(volume, &driver.target(&format!("pod-{n}")));
+            let mut node = driver.node();
+            async move { node.node_publish_volume(request).await }
+        });
+        let publish: Vec<_> = publish.collect();
+        let answers = driver.block_on(async {
+            let calls: Vec<_> = publish.into_iter().map(tokio::spawn).collect();
+            let mut answers = Vec::new();
+            for call in calls {
+                answers.push(call.await.unwrap());
+            }
+            answers
+        });
+        for answer in answers {
+            answer.unwrap();
+        }
+        assert_eq!(driver.loop_devices().len(), count);
+        assert_eq!(driver.mounts().len(), 128);
+        for (n, volume) in volumes.iter().enumerate() {
+            let target = driver.target(&format!("pod-{n}"));
+            assert_eq!(fs::read_to_string(target.join("file")).unwrap(), format!("image{}", n % count));
+            driver.unmount(volume, &format!("pod-{n}"));
+        }
+        driver.assert_nothing_left();
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn an_image_written_over_gets_a_device_of_its_own() {
+    let images = Images::new();
+    let driver = images.driver();
+    let old = images.volume("old", "image");
+    let old_target = driver.mount(&old, "old").unwrap();
+    // What a careful publisher does: the name changes its meaning, the file stays as long as it is open.
+    Tree::new(&[("file", "new")]).squashfs(images.path("next"));
+    fs::rename(images.path("next"), images.path("image")).unwrap();
+    let new = images.volume("new", "image");
+    let new_target = driver.mount(&new, "new").unwrap();
+    assert_eq!(fs::read_to_string(old_target.join("file")).unwrap(), "image");
+    assert_eq!(fs::read_to_string(new_target.join("file")).unwrap(), "new");
+    assert_eq!(driver.loop_devices().len(), 2);
+    driver.unmount(&old, "old");
+    driver.unmount(&new, "new");
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn foreign_loop_devices_and_other_drivers_are_left_alone() {
+    let images = Images::new();
+    let (one, two) = (images.driver(), images.driver());
+    let volume = images.volume("v", "image");
+    let foreign = run("losetup", &["--find", "--show", "--read-only", images.path("image").to_str().unwrap()]);
+    one.mount(&volume, "pod").unwrap();
+    two.mount(&volume, "pod").unwrap();
+    assert_eq!(one.loop_devices().len(), 3, "a driver used a device that is not its own");
+    one.unmount(&volume, "pod");
+    assert_eq!(fs::read_to_string(two.target("pod").join("file")).unwrap(), "image");
+    two.unmount(&volume, "pod");
+    run("losetup", &["--detach", foreign.trim()]);
+    one.assert_nothing_left();
+    two.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn the_command_line_mounts_plans_shows_and_unmounts() {
+    let images = Images::new();
+    let volume = images.volume("v", "image");
+    let spec = images.path("spec.json");
+    let (target, policy, data) = (images.path("target"), images.path("policy.yaml"), images.path("data"));
+    fs::write(&spec, &volume.attributes["mountSpec"]).unwrap();
+    fs::write(&policy, format!("hostPaths: [{}]", images.0.path().display())).unwrap();
+    let driver = |arguments: &[&str]| {
+        let mut all = vec!["--policy", policy.to_str().unwrap(), "--data-dir", data.to_str().unwrap()];
+        all.extend(["--driver-name", "by-hand.csi.dev"]);
+        all.extend(arguments);
+        run(harness::binary().to_str().unwrap(), &all)
+    };
+    let (spec, path) = (spec.to_str().unwrap(), target.to_str().unwrap());
+    assert!(driver(&["plan", spec]).contains("1. open"));
+    driver(&["mount", spec, path]);
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "image");
+    let status = driver(&["status"]);
+    assert!(status.contains(&format!("published at {path}")) && status.contains("1 published"), "{status}");
+    let status: Value = serde_json::from_str(&driver(&["status", "--output", "json"])).unwrap();
+    assert_eq!(status["volumes"][0]["target"], path);
+    driver(&["unmount", path]);
+    assert_eq!(driver(&["status"]), "no volumes, no loop devices\n");
+    assert!(!target.exists());
+}
