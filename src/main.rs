@@ -11,7 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use csi_driver_squashfs::csi::{Controller, Endpoint, Identity, Node, serve};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Mount};
-use csi_driver_squashfs::volume::{Config, Publication, Volumes, status};
+use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
@@ -71,7 +72,7 @@ enum Command {
         #[command(flatten)]
         serve: Serve,
         /// This node's name in the cluster
-        #[arg(long, env = "NODE_ID")]
+        #[arg(long, env = "NODE_ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
         node_id: String,
         /// Serve the controller service too
         #[arg(long, env = "CONTROLLER")]
@@ -86,13 +87,17 @@ enum Command {
     Mount {
         /// A file with the JSON mount spec, or - for standard input
         spec: PathBuf,
+        /// The directory to mount at; it is made if it is not there
         target: PathBuf,
         /// Without the writable layer
         #[arg(long)]
         read_only: bool,
     },
     /// Unmount what `mount` mounted
-    Unmount { target: PathBuf },
+    Unmount {
+        /// The directory that was mounted at; it is removed
+        target: PathBuf,
+    },
     /// Print the steps that mounting a spec would take
     Plan {
         /// A file with the JSON mount spec, or - for standard input
@@ -142,7 +147,13 @@ async fn node(global: Global, arguments: Serve, node_id: String, controller: boo
     let policy = policy(&global)?;
     let identity = Identity { driver_name: global.driver_name.clone(), controller, node: true };
     let controller = controller.then(|| Controller::new(policy.clone()));
-    let node = Node { node_id, policy, volumes: Volumes::new(config(global))? };
+    raise_file_limit();
+    for missing in volume::missing().await? {
+        tracing::warn!("this node lacks: {missing}");
+    }
+    let volumes = volumes(global)?;
+    volumes.sweep();
+    let node = Node { node_id, policy, volumes };
     Ok(serve(&arguments.endpoint, identity, controller, Some(node), stop()?).await?)
 }
 
@@ -155,7 +166,7 @@ async fn controller(global: Global, arguments: Serve) -> Outcome {
 async fn mount(global: Global, spec: &Path, target: &Path, read_only: bool) -> Outcome {
     let mount = read_spec(&global, spec)?;
     let target = std::path::absolute(target)?;
-    let publication = Publication { volume_id: by_hand(&target), target, mount, read_only };
+    let publication = Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false };
     Ok(volumes(global)?.publish(publication, false).await?)
 }
 
@@ -245,6 +256,14 @@ fn start_log(global: &Global) {
         LogFormat::Json => log.json().flatten_event(true).boxed(),
     };
     tracing_subscriber::registry().with(log.with_filter(levels)).init();
+}
+
+/// Each staged image is an open file.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("raise the limit of open files: {error}");
+    }
 }
 
 /// Ready when the process is asked to end, by Kubernetes or at a terminal.

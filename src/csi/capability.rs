@@ -30,19 +30,15 @@ pub fn mount_of(context: &HashMap<String, String>, capability: &VolumeCapability
     Ok(parsed.mount)
 }
 
-/// A volume that takes no writes offers no mode that promises them. Inline volumes are exempt: the kubelet names
-/// a writer's mode for all of them.
-pub fn check_access_mode(
-    mount: &Mount,
-    capability: &VolumeCapability,
-    context: &HashMap<String, String>,
-) -> Result<()> {
+/// A volume that takes no writes offers no mode that promises them, unless `any` mode will do: that of an inline volume, for all of
+/// which the kubelet names a writer's mode, and of a read-only publish.
+pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool) -> Result<()> {
     let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, |mode| mode.mode());
     let reads_only = matches!(mode, Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly);
     if mode == Mode::Unknown {
         return Err(invalid("volume_capability: an access mode is required"));
     }
-    if reads_only || mount.is_writable() || is_ephemeral(context) {
+    if any || reads_only || mount.is_writable() {
         return Ok(());
     }
     Err(invalid(&format!(
@@ -54,6 +50,10 @@ pub fn check_access_mode(
 
 pub fn is_ephemeral(context: &HashMap<String, String>) -> bool {
     context.get(EPHEMERAL).is_some_and(|value| value == "true")
+}
+
+pub fn is_single_writer(capability: &VolumeCapability) -> bool {
+    capability.access_mode.as_ref().is_some_and(|mode| mode.mode() == Mode::SingleNodeSingleWriter)
 }
 
 /// The one capability of a request that must have one.

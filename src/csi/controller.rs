@@ -66,7 +66,7 @@ impl Controller {
         }
         for capability in capabilities {
             let mount = mount_of(context, capability, &self.policy)?;
-            check_access_mode(&mount, capability, context)?;
+            check_access_mode(&mount, capability, false)?;
         }
         Ok(())
     }
@@ -89,7 +89,7 @@ impl Controller {
         Ok(match self.check(&context, &request.volume_capabilities) {
             Ok(()) => ValidateVolumeCapabilitiesResponse {
                 confirmed: Some(Confirmed {
-                    volume_context: request.volume_context,
+                    volume_context: context,
                     volume_capabilities: request.volume_capabilities,
                     parameters: request.parameters,
                 }),

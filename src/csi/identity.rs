@@ -7,8 +7,7 @@ use super::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse, identity_server, plugin_capability,
 };
-use crate::kernel::support;
-use crate::volume::{Error, Kind};
+use crate::volume::{self, Error, Kind};
 
 /// Who the driver is, and whether it can work here.
 pub struct Identity {
@@ -42,7 +41,7 @@ impl identity_server::Identity for Identity {
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Answer<ProbeResponse> {
         answer("Probe", "", async {
-            let missing = if self.node { support::missing() } else { Vec::new() };
+            let missing = if self.node { volume::missing().await? } else { Vec::new() };
             if missing.is_empty() {
                 return Ok(ProbeResponse { ready: Some(true) });
             }

@@ -1,10 +1,13 @@
 //! The Node service.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tonic::{Request, Response};
 
-use super::capability::{check_access_mode, is_ephemeral, mount_of, required, required_path, required_text};
+use super::capability::{
+    check_access_mode, is_ephemeral, is_single_writer, mount_of, required, required_path, required_text,
+};
 use super::status::{Answer, answer};
 use super::v1::volume_usage::Unit;
 use super::v1::{
@@ -15,7 +18,7 @@ use super::v1::{
     node_server, node_service_capability,
 };
 use crate::spec::policy::Policy;
-use crate::volume::{Publication, Stats, Usage, Volumes};
+use crate::volume::{Error, Kind, Publication, Stats, Usage, Volumes};
 
 /// Serves the volumes of this node.
 pub struct Node {
@@ -34,7 +37,7 @@ impl node_server::Node for Node {
             required_path("staging_target_path", &request.staging_target_path)?;
             let capability = required(request.volume_capability)?;
             let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
-            check_access_mode(&mount, &capability, &request.volume_context)?;
+            check_access_mode(&mount, &capability, false)?;
             self.volumes.stage(id, &mount).await?;
             Ok(NodeStageVolumeResponse {})
         })
@@ -65,15 +68,17 @@ impl node_server::Node for Node {
             let volume_id = required_text("volume_id", &id)?.to_owned();
             let target = required_path("target_path", &request.target_path)?;
             let ephemeral = is_ephemeral(&request.volume_context);
-            if !ephemeral {
-                required_path("staging_target_path", &request.staging_target_path)?;
+            if !ephemeral && request.staging_target_path.is_empty() {
+                return Err(Error::new(
+                    Kind::FailedPrecondition,
+                    "staging_target_path is required: stage the volume first",
+                ));
             }
             let capability = required(request.volume_capability)?;
             let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
-            if !request.readonly {
-                check_access_mode(&mount, &capability, &request.volume_context)?;
-            }
-            let publication = Publication { volume_id, target, mount, read_only: request.readonly };
+            check_access_mode(&mount, &capability, ephemeral || request.readonly)?;
+            let exclusive = !ephemeral && is_single_writer(&capability);
+            let publication = Publication { volume_id, target, mount, read_only: request.readonly, exclusive };
             self.volumes.publish(publication, !ephemeral).await?;
             Ok(NodePublishVolumeResponse {})
         })
@@ -101,7 +106,8 @@ impl node_server::Node for Node {
         let request = request.into_inner();
         answer("NodeGetVolumeStats", &request.volume_id, async {
             let id = required_text("volume_id", &request.volume_id)?;
-            let path = required_path("volume_path", &request.volume_path)?;
+            // Any other form of a path is one where nothing is published, which is NOT_FOUND.
+            let path = Path::new(required_text("volume_path", &request.volume_path)?).components().collect::<PathBuf>();
             Ok(stats_answer(self.volumes.stats(id, &path).await?))
         })
         .await
@@ -127,14 +133,7 @@ impl node_server::Node for Node {
     }
 }
 
-fn stats_answer(stats: Option<Stats>) -> NodeGetVolumeStatsResponse {
-    let Some(Stats { bytes, inodes }) = stats else {
-        let message = "the volume is published here but not mounted any more: delete the pod to mount it again";
-        return NodeGetVolumeStatsResponse {
-            usage: Vec::new(),
-            volume_condition: Some(VolumeCondition { abnormal: true, message: message.into() }),
-        };
-    };
+fn stats_answer(stats: Stats) -> NodeGetVolumeStatsResponse {
     let usage = |usage: Usage, unit: Unit| {
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         VolumeUsage {
@@ -144,8 +143,12 @@ fn stats_answer(stats: Option<Stats>) -> NodeGetVolumeStatsResponse {
             unit: unit.into(),
         }
     };
+    let usage = stats.usage.map(|(bytes, inodes)| vec![usage(bytes, Unit::Bytes), usage(inodes, Unit::Inodes)]);
     NodeGetVolumeStatsResponse {
-        usage: vec![usage(bytes, Unit::Bytes), usage(inodes, Unit::Inodes)],
-        volume_condition: Some(VolumeCondition { abnormal: false, message: "mounted".into() }),
+        usage: usage.unwrap_or_default(),
+        volume_condition: Some(VolumeCondition {
+            abnormal: stats.abnormal.is_some(),
+            message: stats.abnormal.unwrap_or_else(|| "mounted, and its images are unchanged".into()),
+        }),
     }
 }

@@ -4,17 +4,29 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::error::{Doing, Error, Result};
-use super::mount::{Symlinks, explain_escape};
+use super::mount::{Symlinks, explain_escape, open_directory_beneath};
 
 /// An image file that is open, and which file it is.
 #[derive(Debug)]
 pub struct Image {
     pub file: File,
     pub identity: Identity,
+    pub content: Content,
+}
+
+/// What of a file must stay as it is while the file is mounted. Unlike [`Identity`] it does not change when the file gets another
+/// name, owner or mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    pub inode: u64,
+    pub size: u64,
+    /// Nanoseconds since 1970, 0 for earlier.
+    pub modified: u64,
 }
 
 /// Tells one content of one file from every other, as far as stat(2) can.
@@ -31,7 +43,10 @@ pub struct Identity {
 
 impl Image {
     /// Opens the regular file `path` below `base`, which it cannot leave (openat2(2)).
+    ///
+    /// On NFS the server says which file that is now, whatever the client has cached.
     pub fn open(base: impl AsFd, path: &str, symlinks: Symlinks) -> Result<Self> {
+        revalidate_directory(&base, path, symlinks)?;
         // NONBLOCK: opening a FIFO would wait for a writer.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = rustix::fs::openat2(base, path, flags, Mode::empty(), symlinks.resolve())
@@ -51,10 +66,14 @@ impl Image {
             return Err(Error::new(format!("open image {path}"), errno)
                 .with_hint(format!("an image is one regular file, this is {kind}")));
         }
-        let changed = metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec());
-        let changed = u64::try_from(changed).unwrap_or(0);
-        let identity = Identity { device: metadata.dev(), inode: metadata.ino(), size: metadata.size(), changed };
-        Ok(Image { file, identity })
+        let (inode, size) = (metadata.ino(), metadata.size());
+        let changed = nanoseconds(metadata.ctime(), metadata.ctime_nsec());
+        let modified = nanoseconds(metadata.mtime(), metadata.mtime_nsec());
+        Ok(Image {
+            file,
+            identity: Identity { device: metadata.dev(), inode, size, changed },
+            content: Content { inode, size, modified },
+        })
     }
 
     /// Reads the superblock and compares the size that it states with the file's.
@@ -88,6 +107,20 @@ impl Image {
             Some(_) => Ok(()),
         }
     }
+}
+
+/// Makes an NFS client ask for the state of the directory that holds `path`: it believes a cached name for up to a minute
+/// otherwise (nfs(5), `acdirmax`), and opens the file that had it.
+fn revalidate_directory(base: impl AsFd, path: &str, symlinks: Symlinks) -> Result<()> {
+    let directory = path.rsplit_once('/').map_or("", |(directory, _)| directory);
+    let directory = open_directory_beneath(base, directory, symlinks)?;
+    rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)
+        .doing(|| format!("look at the directory of {path}"))?;
+    Ok(())
+}
+
+fn nanoseconds(seconds: i64, nanoseconds: i64) -> u64 {
+    u64::try_from(seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)).unwrap_or(0)
 }
 
 fn io_error(path: &str, error: &std::io::Error) -> Error {

@@ -19,6 +19,8 @@ use sha2::{Digest, Sha256};
 use super::error::{Error, Result};
 use super::image::{Identity, Image};
 
+/// The major number of loop devices (Documentation/admin-guide/devices.txt).
+pub const MAJOR: u32 = 7;
 /// How often an attach is tried again when another process took the device, or the device node is not there yet.
 const ATTEMPTS: usize = 64;
 
@@ -73,8 +75,10 @@ impl LoopDevice {
     ///
     /// Two threads must not call this for one image at a time, or it gets two devices.
     pub fn of(image: &Image, tag: &Tag) -> Result<Self> {
-        for attached in list(tag)? {
-            if attached.identity == image.identity {
+        for number in candidates()? {
+            if let Some(attached) = inspect(number, tag)?
+                && attached.identity == image.identity
+            {
                 return Ok(attached.device);
             }
         }
@@ -83,7 +87,8 @@ impl LoopDevice {
 
     fn attach(image: &Image, tag: &Tag) -> Result<Self> {
         let control = File::open("/dev/loop-control").map_err(|error| {
-            Error::new("open /dev/loop-control", Errno::from_io_error(&error).unwrap_or(Errno::NOENT))
+            let errno = Errno::from_io_error(&error).filter(|&errno| errno != Errno::NOENT).unwrap_or(Errno::NODEV);
+            Error::new("open /dev/loop-control", errno)
                 .with_hint("try 'modprobe loop' on the node, and see that the driver has the host's /dev")
         })?;
         let mut config = loop_config {
@@ -130,7 +135,10 @@ pub struct Attached {
 
 /// All devices that carry `tag`, by number. Each is held open while the answer lives.
 pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
-    let mut attached: Vec<_> = bound_numbers()?.into_iter().filter_map(|number| inspect(number, tag)).collect();
+    let mut attached = Vec::new();
+    for number in candidates()? {
+        attached.extend(inspect(number, tag)?);
+    }
     attached.sort_by_key(|attached| attached.device.number);
     Ok(attached)
 }
@@ -141,27 +149,38 @@ pub fn backing_file(number: u32) -> Option<String> {
     Some(path.trim_end_matches('\n').to_owned())
 }
 
-/// The number of the device `tag` marks, if it is attached and ours.
-fn inspect(number: u32, tag: &Tag) -> Option<Attached> {
-    let fd = open(number).ok()?;
-    // SAFETY: an integer-only C struct, for which all zeroes is a value.
-    let mut info: loop_info64 = unsafe { std::mem::zeroed() };
-    // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
-    unsafe {
-        rustix::ioctl::ioctl(fd.as_fd(), rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info))
+/// The device, if it is attached and ours.
+fn inspect(number: u32, tag: &Tag) -> Result<Option<Attached>> {
+    let answer = open(number).and_then(|fd| {
+        // SAFETY: an integer-only C struct, for which all zeroes is a value.
+        let mut info: loop_info64 = unsafe { std::mem::zeroed() };
+        // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
+        unsafe {
+            let status = rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info);
+            rustix::ioctl::ioctl(fd.as_fd(), status)
+        }?;
+        Ok((fd, info))
+    });
+    match answer {
+        Ok((fd, info)) => {
+            let ours = |identity| Attached { device: LoopDevice { number, _fd: fd }, identity };
+            Ok(tag.read(&info).map(ours))
+        }
+        // Let go of in the meantime.
+        Err(Errno::NXIO | Errno::NOENT) => Ok(None),
+        Err(errno) => Err(Error::new(format!("look at /dev/loop{number}"), errno)),
     }
-    .ok()?;
-    let identity = tag.read(&info)?;
-    Some(Attached { device: LoopDevice { number, _fd: fd }, identity })
 }
 
-/// The devices that have a file: only they have a `loop` directory.
-fn bound_numbers() -> Result<Vec<u32>> {
+/// The devices that may be ours: those that have a file and free themselves. A stranger's device is left unopened where possible:
+/// to ask for its state may ask its file's server.
+fn candidates() -> Result<Vec<u32>> {
     let entries = std::fs::read_dir("/sys/block")
         .map_err(|error| Error::new("list /sys/block", Errno::from_io_error(&error).unwrap_or(Errno::NOENT)))?;
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
-        entry.path().join("loop").exists().then_some(number)
+        let frees_itself = std::fs::read_to_string(entry.path().join("loop/autoclear")).ok()?;
+        (frees_itself.trim_end() == "1").then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }

@@ -98,9 +98,9 @@ impl DetachedMount {
         Ok(DetachedMount { fd })
     }
 
-    /// Adds attributes to this mount alone.
+    /// Adds attributes to this mount and to those that a recursive bind brought along.
     pub fn restrict(&self, attributes: MountAttrFlags) -> Result<()> {
-        set_attributes(self.fd.as_fd(), attributes, false)
+        set_attributes(self.fd.as_fd(), attributes, true)
     }
 
     /// Puts the mount on top of the directory behind `target`.

@@ -29,7 +29,7 @@ pub use parameters::Parsed;
 /// The deepest nesting of mounts accepted in one spec.
 pub const MAX_DEPTH: usize = 8;
 /// The most lower layers accepted in one overlay: their names must fit into one mount option of 256 bytes.
-pub const MAX_LOWER: usize = 32;
+pub const MAX_LOWER: usize = 20;
 
 /// One mount of a spec. The tree is owned: every nested mount belongs to exactly one parent.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ pub fn build(
 ) -> kernel::Result<DetachedMount> {
     match prepared {
         Prepared::Nfs { mount, read_only } => {
-            namespace.run(|| DetachedMount::bind(&**mount, false, attributes(*read_only)))?
+            namespace.run(|| DetachedMount::bind(&***mount, false, attributes(*read_only)))?
         }
         Prepared::FileSystem { device, fs_type, no_exec } => file_system(device, *fs_type, *no_exec),
         Prepared::Bind { base, path, recursive, read_only } => {
@@ -77,8 +77,12 @@ fn file_system(device: &BlockDevice, fs_type: FsType, no_exec: bool) -> kernel::
     context.set_flag("ro")?;
     match fs_type {
         FsType::Squashfs | FsType::Erofs => {}
-        // A journal is replayed by writing, and an image is never written.
-        FsType::Ext4 => context.set_flag("noload")?,
+        FsType::Ext4 => {
+            // A journal is replayed by writing, and an image is never written.
+            context.set_flag("noload")?;
+            // An image may ask for a panic of the node at its first error; an option has the last word.
+            context.set("errors", "continue")?;
+        }
         FsType::Xfs => {
             context.set_flag("norecovery")?;
             // Copies of one image have the same UUID.
@@ -133,23 +137,22 @@ fn stack(
 
 /// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower.
 fn make_upper(lower: &str) -> kernel::Result<()> {
-    for directory in ["upper/upper", "upper/work"] {
-        match std::fs::create_dir(directory) {
-            // Left by a call that was cut short, or by the time before the node was rebooted.
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
-            Err(error) => return Err(io_error(format!("make {directory} directory"), &error)),
-            Ok(()) if directory == "upper/upper" => {
-                let copy = || {
-                    let root = std::fs::metadata(lower)?;
-                    std::os::unix::fs::chown(directory, Some(root.uid()), Some(root.gid()))?;
-                    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(root.mode() & 0o7777))
-                };
-                copy().map_err(|error| io_error("copy the owner and mode of the image's root".into(), &error))?;
+    let failed = |error| io_error("make the upper and work directories".into(), &error);
+    let make = || {
+        // There already after a reboot of the node, with what the pod wrote.
+        if !Path::new("upper/upper").exists() {
+            let new = "upper/new";
+            if !Path::new(new).exists() {
+                std::fs::create_dir(new)?;
             }
-            Ok(()) => {}
+            let root = std::fs::metadata(lower)?;
+            std::os::unix::fs::chown(new, Some(root.uid()), Some(root.gid()))?;
+            std::fs::set_permissions(new, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
+            std::fs::rename(new, "upper/upper")?;
         }
-    }
-    Ok(())
+        std::fs::create_dir_all("upper/work")
+    };
+    make().map_err(failed)
 }
 
 fn tmpfs(size: u64) -> kernel::Result<DetachedMount> {

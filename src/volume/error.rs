@@ -60,7 +60,7 @@ impl From<kernel::Error> for Error {
             Errno::MEDIUMTYPE | Errno::NODATA | Errno::ISDIR | Errno::NOTDIR | Errno::NAMETOOLONG => {
                 Kind::FailedPrecondition
             }
-            Errno::NODEV | Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Kind::FailedPrecondition,
+            Errno::INVAL | Errno::NODEV | Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => Kind::FailedPrecondition,
             Errno::NOSPC | Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::AGAIN => Kind::ResourceExhausted,
             Errno::CONNREFUSED
             | Errno::CONNRESET

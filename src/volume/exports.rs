@@ -1,29 +1,29 @@
 //! NFS mounts that volumes share: one for each export and set of options.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
-use tokio::net::TcpStream;
 
+use super::blocking::{Aside, Places};
 use super::error::{Kind, Result};
 use super::shared::Shared;
-use super::{blocking, resolve};
+use super::{lock, probe, resolve};
 use crate::kernel::mount::{DetachedMount, open_directory, unmount_all};
 use crate::kernel::namespace::PrivateNamespace;
-use crate::kernel::nfs::{self, Export};
+use crate::kernel::nfs::Export;
 use crate::kernel::{self};
-
-/// How long a server may take to accept a connection before it counts as dead.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// An export mounted in the driver's namespace, for as long as anyone holds it.
 pub struct NfsMount {
     export: Export,
+    address: IpAddr,
+    places: Places,
     mount: DetachedMount,
     namespace: Arc<PrivateNamespace>,
     directory: String,
@@ -36,7 +36,22 @@ impl AsFd for NfsMount {
 }
 
 impl NfsMount {
-    fn attach(export: Export, address: IpAddr, namespace: Arc<PrivateNamespace>) -> kernel::Result<Self> {
+    /// The threads that may wait for this mount's server.
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// Whether the server answers, so that it makes sense to let the kernel ask it something.
+    pub async fn ask(&self) -> Result<()> {
+        Ok(probe::ask(&self.export, SocketAddr::new(self.address, self.export.port())).await?)
+    }
+
+    fn attach(
+        export: Export,
+        address: IpAddr,
+        places: Places,
+        namespace: Arc<PrivateNamespace>,
+    ) -> kernel::Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let mount = export.mount(address)?;
         let directory = format!("nfs-{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -44,7 +59,7 @@ impl NfsMount {
             make_directory(&directory)?;
             mount.attach(open_directory(Path::new(&directory))?)
         })??;
-        Ok(NfsMount { export, mount, namespace, directory })
+        Ok(NfsMount { export, address, places, mount, namespace, directory })
     }
 
     fn detach(namespace: &PrivateNamespace, directory: &str) -> kernel::Result<()> {
@@ -57,19 +72,8 @@ impl NfsMount {
 
 impl Drop for NfsMount {
     fn drop(&mut self) {
-        let namespace = Arc::clone(&self.namespace);
-        let directory = std::mem::take(&mut self.directory);
-        let name = self.export.to_string();
-        let detach = move || {
-            if let Err(error) = NfsMount::detach(&namespace, &directory) {
-                tracing::error!("release NFS mount {name}: {error}");
-            }
-        };
-        // The kernel may talk to the server here: never on the thread that answers calls.
-        if tokio::runtime::Handle::try_current().is_ok() {
-            std::thread::spawn(detach);
-        } else {
-            detach();
+        if let Err(error) = NfsMount::detach(&self.namespace, &self.directory) {
+            tracing::error!("release NFS mount {}: {error}", self.export);
         }
     }
 }
@@ -77,30 +81,46 @@ impl Drop for NfsMount {
 /// The NFS mounts of one driver.
 pub struct Exports {
     namespace: Arc<PrivateNamespace>,
-    mounts: Shared<Export, NfsMount>,
+    mounts: Shared<Export, Aside<NfsMount>>,
+    /// By server: a host name or address as users write it.
+    places: Mutex<HashMap<String, Places>>,
 }
 
 impl Exports {
     pub fn new(namespace: Arc<PrivateNamespace>) -> Self {
-        Exports { namespace, mounts: Shared::default() }
+        Exports { namespace, mounts: Shared::default(), places: Mutex::default() }
     }
 
-    /// The mount of this export. Every address of the host is tried; the error is that of the last.
-    pub async fn get(&self, export: &Export) -> Result<Arc<NfsMount>> {
-        self.mounts.get(export, self.mount(export)).await
+    /// The mount of this export, whose server answered just now. Every address of the host is tried; the error is the most telling
+    /// one.
+    pub async fn get(&self, export: &Export) -> Result<Arc<Aside<NfsMount>>> {
+        let made = AtomicBool::new(false);
+        let mount = self.mounts.get(export, async {
+            made.store(true, Ordering::Relaxed);
+            self.mount(export).await
+        });
+        let mount = mount.await?;
+        if !made.into_inner() {
+            mount.ask().await?;
+        }
+        Ok(mount)
     }
 
-    async fn mount(&self, export: &Export) -> Result<NfsMount> {
+    async fn mount(&self, export: &Export) -> Result<Aside<NfsMount>> {
         let mut last = None;
         for address in resolve::addresses(&export.host).await? {
-            let server = SocketAddr::new(address, export.port());
-            let attempt = match ask(export, server).await {
+            let attempt = match probe::ask(export, SocketAddr::new(address, export.port())).await {
                 Ok(()) => self.mount_from(export, address).await,
                 Err(error) => Err(error.into()),
             };
             match attempt {
                 Ok(mount) => return Ok(mount),
-                Err(error) => last = Some(error),
+                Err(error) => {
+                    // What a server says beats what the network says about another of its addresses.
+                    if last.as_ref().is_none_or(|last: &super::Error| last.kind == Kind::Unavailable) {
+                        last = Some(error);
+                    }
+                }
             }
         }
         Err(last.unwrap_or_else(|| {
@@ -108,23 +128,13 @@ impl Exports {
         }))
     }
 
-    async fn mount_from(&self, export: &Export, address: IpAddr) -> Result<NfsMount> {
+    async fn mount_from(&self, export: &Export, address: IpAddr) -> Result<Aside<NfsMount>> {
         let step = format!("mount {export} (nfs {}, {address})", export.version);
-        let (export, namespace) = (export.clone(), Arc::clone(&self.namespace));
-        Ok(blocking::run(step, move || NfsMount::attach(export, address, namespace)).await??)
+        let places = lock(&self.places).entry(export.host.clone()).or_default().clone();
+        let (export, namespace, mine) = (export.clone(), Arc::clone(&self.namespace), places.clone());
+        let mount = places.run(step, move || NfsMount::attach(export, address, mine, namespace).map(Aside::new));
+        Ok(mount.await??)
     }
-}
-
-/// Asks whether anyone listens, before the kernel waits for an answer without a way to stop it.
-async fn ask(export: &Export, server: SocketAddr) -> kernel::Result<()> {
-    let action = format!("connect to {server} for {export}");
-    blocking::waiting_for(&action);
-    let errno = match tokio::time::timeout(PATIENCE, TcpStream::connect(server)).await {
-        Ok(Ok(_)) => return Ok(()),
-        Ok(Err(error)) => Errno::from_io_error(&error).unwrap_or(Errno::HOSTUNREACH),
-        Err(_) => Errno::TIMEDOUT,
-    };
-    Err(nfs::explain(kernel::Error::new(action, errno)))
 }
 
 /// Makes a mount point in the current directory.

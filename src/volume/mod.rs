@@ -6,16 +6,19 @@
 
 mod blocking;
 mod build;
+mod condition;
 mod error;
 mod exports;
 mod in_flight;
 mod prepare;
+mod probe;
 mod publish;
 mod record;
 mod resolve;
 mod shared;
 mod stats;
 pub mod status;
+mod trash;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -28,9 +31,12 @@ pub use error::{Error, Kind, Result};
 pub use stats::{Stats, Usage};
 
 use crate::kernel::namespace::PrivateNamespace;
+use crate::kernel::support;
 use crate::spec::Mount;
-use in_flight::InFlight;
+use condition::Conditions;
+use in_flight::{InFlight, Lease, Other};
 use prepare::{Prepared, Preparer};
+use trash::Trash;
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -56,6 +62,9 @@ pub struct Publication {
     pub target: PathBuf,
     pub mount: Mount,
     pub read_only: bool,
+    /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
+    #[serde(default)]
+    pub exclusive: bool,
 }
 
 /// The volumes of one node.
@@ -68,12 +77,18 @@ pub struct Volumes {
     staged: Mutex<HashMap<String, (Mount, Arc<Prepared>)>>,
     /// What published paths hold. The kernel keeps them alive without it; this keeps the NFS mount for the next volume.
     published: Mutex<HashMap<PathBuf, Arc<Prepared>>>,
+    /// Held while a record is written, so that of two exclusive publications the second sees the first.
+    recording: Mutex<()>,
+    trash: Trash,
+    conditions: Conditions,
 }
 
 impl Volumes {
     /// Makes the mount namespace and the data directory; needs root.
     pub fn new(config: Config) -> Result<Arc<Self>> {
         record::create_directory(&config.data_dir)?;
+        let path = config.data_dir.join("trash");
+        let trash = Trash::new(path.clone()).map_err(|error| record::failed("make directory", &path, &error))?;
         let namespace = Arc::new(PrivateNamespace::new()?);
         Ok(Arc::new(Volumes {
             preparer: Preparer::new(Arc::clone(&namespace), &config)?,
@@ -82,6 +97,9 @@ impl Volumes {
             in_flight: InFlight::default(),
             staged: Mutex::default(),
             published: Mutex::default(),
+            recording: Mutex::default(),
+            trash,
+            conditions: Conditions::default(),
         }))
     }
 
@@ -89,46 +107,62 @@ impl Volumes {
     ///
     /// Staging the same volume again is no work. Another spec under the same ID is `ALREADY_EXISTS`.
     pub async fn stage(self: &Arc<Self>, volume_id: &str, mount: &Mount) -> Result<()> {
-        let this = Arc::clone(self);
-        let (id, mount) = (volume_id.to_owned(), mount.clone());
+        let (this, id, spec) = (Arc::clone(self), volume_id.to_owned(), mount.clone());
+        let work = |lease| async move { this.stage_now(id, spec, lease).await };
         let request = format!("stage {mount:?}");
-        self.in_flight
-            .run(
-                volume_key(volume_id),
-                request,
-                self.config.timeout,
-                async move { this.held(&id, &mount).await.map(drop) },
-            )
-            .await
+        self.in_flight.run(volume_key(volume_id), request, Other::Await, self.config.timeout, work).await
     }
 
-    /// Lets go of what [`Self::stage`] holds. A volume that is not staged is no error.
+    /// Lets go of what [`Self::stage`] holds, also of a stage that is under way. A volume that is not staged is no error.
     pub async fn unstage(self: &Arc<Self>, volume_id: &str) -> Result<()> {
-        let this = Arc::clone(self);
-        let id = volume_id.to_owned();
-        let work = async move {
+        let (this, id) = (Arc::clone(self), volume_id.to_owned());
+        let work = |_| async move {
             let held = lock(&this.staged).remove(&id);
             release(held).await;
             Ok(())
         };
-        self.in_flight.run(volume_key(volume_id), "unstage".into(), self.config.timeout, work).await
+        let request = "unstage".into();
+        self.in_flight.run(volume_key(volume_id), request, Other::Supersede, self.config.timeout, work).await
     }
 
-    /// What the staged volume holds. After a restart of the driver nothing is held: it is prepared again.
-    async fn held(&self, volume_id: &str, mount: &Mount) -> Result<Arc<Prepared>> {
-        if let Some((staged, held)) = lock(&self.staged).get(volume_id) {
-            if staged == mount {
-                return Ok(Arc::clone(held));
-            }
-            return Err(Error::new(
-                Kind::AlreadyExists,
-                format!("volume {volume_id} is staged with other attributes: unstage it first"),
-            ));
+    async fn stage_now(&self, volume_id: String, mount: Mount, lease: Lease) -> Result<()> {
+        if self.staged(&volume_id, &mount)?.is_some() {
+            return Ok(());
         }
-        let held = Arc::new(self.preparer.prepare(mount).await?);
-        lock(&self.staged).insert(volume_id.to_owned(), (mount.clone(), Arc::clone(&held)));
-        Ok(held)
+        let held = Arc::new(self.preparer.prepare(&mount).await?);
+        lease.change(|| {
+            lock(&self.staged).insert(volume_id, (mount, held));
+            Ok(())
+        })
     }
+
+    /// What the volume holds if it is staged. After a restart of the driver nothing is.
+    fn staged(&self, volume_id: &str, mount: &Mount) -> Result<Option<Arc<Prepared>>> {
+        match lock(&self.staged).get(volume_id) {
+            Some((staged, held)) if staged == mount => Ok(Some(Arc::clone(held))),
+            Some(_) => {
+                let message = format!("volume {volume_id} is staged with other attributes: unstage it first");
+                Err(Error::new(Kind::AlreadyExists, message))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Removes what belongs to pods that are gone, in the background; for a process that serves a node.
+    pub fn sweep(&self) {
+        let (data_dir, trash) = (self.config.data_dir.clone(), self.trash.clone());
+        tokio::spawn(async move {
+            let swept = blocking::run("sweep", move || record::sweep(&data_dir, &trash)).await;
+            if let Err(error) = swept.and_then(|swept| swept) {
+                tracing::error!(%error, "sweep");
+            }
+        });
+    }
+}
+
+/// What this node lacks for the driver to work; empty where nothing is missing.
+pub async fn missing() -> Result<Vec<String>> {
+    blocking::run("look what the kernel offers", support::missing).await
 }
 
 /// Drops what is held where waiting for the kernel is allowed, and waits a little for it to be gone.

@@ -6,23 +6,24 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use super::Config;
-use super::blocking;
+use super::blocking::{self, Aside, Places};
 use super::build;
 use super::error::Result;
 use super::exports::{Exports, NfsMount};
 use super::shared::Shared;
-use crate::kernel::image::{Identity, Image};
+use crate::kernel::image::{Content, Identity, Image};
 use crate::kernel::loop_device::{LoopDevice, Tag};
 use crate::kernel::mount::{self, DetachedMount, Symlinks};
 use crate::kernel::namespace::PrivateNamespace;
 use crate::kernel::nfs::Export;
+use crate::kernel::{self};
 use crate::spec::{Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs};
 
 /// A spec whose servers were asked and whose images are attached: what is left to do needs this node alone.
 #[derive(Clone)]
 pub enum Prepared {
     Nfs {
-        mount: Arc<NfsMount>,
+        mount: Arc<Aside<NfsMount>>,
         read_only: bool,
     },
     FileSystem {
@@ -47,8 +48,9 @@ pub enum Prepared {
 pub enum BlockDevice {
     /// The base is kept so that the next image of the same export finds its NFS mount.
     Loop {
-        device: Arc<LoopDevice>,
-        _base: PreparedBase,
+        device: Arc<Aside<LoopDevice>>,
+        content: Content,
+        base: PreparedBase,
     },
     Local(PathBuf),
 }
@@ -62,7 +64,7 @@ pub enum PreparedBase {
 /// A base while paths are opened below it.
 enum OpenBase {
     HostRoot(Arc<OwnedFd>),
-    Nfs(Arc<NfsMount>),
+    Nfs(Arc<Aside<NfsMount>>),
     Detached(DetachedMount),
 }
 
@@ -77,6 +79,16 @@ impl AsFd for OpenBase {
 }
 
 impl OpenBase {
+    fn new(base: PreparedBase, namespace: &PrivateNamespace) -> kernel::Result<Self> {
+        Ok(match base {
+            PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
+            PreparedBase::Mount(mount) => match *mount {
+                Prepared::Nfs { mount, .. } => OpenBase::Nfs(mount),
+                other => OpenBase::Detached(build::build(&other, namespace, None)?),
+            },
+        })
+    }
+
     /// The admin's policy compares paths of the node as text, which is true only where no symlink is followed.
     fn symlinks(&self) -> Symlinks {
         match self {
@@ -93,7 +105,7 @@ pub struct Preparer {
     tag: Tag,
     host_root: Arc<OwnedFd>,
     exports: Exports,
-    devices: Shared<Identity, LoopDevice>,
+    devices: Shared<Identity, Aside<LoopDevice>>,
 }
 
 impl Preparer {
@@ -143,38 +155,117 @@ impl Preparer {
     async fn base(&self, base: &Base) -> Result<PreparedBase> {
         Ok(match base {
             Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root)),
-            // An image file is only read, whatever else the export is mounted for.
             Base::Mount(mount) => PreparedBase::Mount(Box::new(self.prepare(mount).await?)),
         })
     }
 
+    /// The base of an image file, which is only read: an export is mounted once for images, whether its spec says `ro` or not.
+    async fn image_base(&self, base: &Base) -> Result<PreparedBase> {
+        if let Base::Mount(mount) = base
+            && let Mount::Nfs(nfs) = &**mount
+        {
+            let export = Export { read_only: true, ..export(nfs) };
+            let mount = self.exports.get(&export).await?;
+            return Ok(PreparedBase::Mount(Box::new(Prepared::Nfs { mount, read_only: true })));
+        }
+        self.base(base).await
+    }
+
     /// The loop device of an image file, which is opened, and looked at, each time: its name may mean another file by now.
     async fn attach(&self, loopback: &Loopback, fs_type: FsType) -> Result<BlockDevice> {
-        let base = self.base(&loopback.base).await?;
+        let base = self.image_base(&loopback.base).await?;
         let name = format!("{} ({fs_type}) of {}", loopback.path, describe(&loopback.base));
-        let open = {
-            let (base, path, namespace) = (base.clone(), loopback.path.clone(), Arc::clone(&self.namespace));
-            move || {
-                let base = match base {
-                    PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
-                    PreparedBase::Mount(mount) => match *mount {
-                        Prepared::Nfs { mount, .. } => OpenBase::Nfs(mount),
-                        other => OpenBase::Detached(build::build(&other, &namespace, None)?),
-                    },
-                };
-                let image = Image::open(&base, &path, base.symlinks())?;
-                image.check(&path, fs_type.as_str())?;
-                Ok(image)
-            }
-        };
-        let image: Result<Image> = blocking::run(format!("open image {name}"), open).await?;
-        let image = image.map_err(|error| error.about(&format!("image {name}")))?;
-        let tag = self.tag.clone();
-        let identity = image.identity;
-        let device = self.devices.get(&identity, async {
-            Ok(blocking::run(format!("attach image {name}"), move || LoopDevice::of(&image, &tag)).await??)
+        let path = loopback.path.clone();
+        let image = self.below(&base, format!("open image {name}"), move |base, symlinks| {
+            let image = Image::open(base, &path, symlinks)?;
+            image.check(&path, fs_type.as_str())?;
+            Ok(Aside::new(image))
         });
-        Ok(BlockDevice::Loop { device: device.await?, _base: base })
+        let image = image.await.map_err(|error| error.about(&format!("image {name}")))?;
+        let tag = self.tag.clone();
+        let (identity, content) = (image.identity, image.content);
+        let device = self.devices.get(&identity, async {
+            let attach = move || LoopDevice::of(&image, &tag).map(Aside::new);
+            Ok(blocking::run(format!("attach image {name}"), attach).await??)
+        });
+        Ok(BlockDevice::Loop { device: device.await?, content, base })
+    }
+
+    /// Asks the servers of the NFS directories that a mount shows as they are, and returns the places of the last: whoever looks
+    /// at the mount may wait for them. `None` where images are all that is shown.
+    pub fn ask<'a>(&'a self, mount: &'a Mount) -> Pin<Box<dyn Future<Output = Result<Option<Places>>> + Send + 'a>> {
+        Box::pin(async move {
+            match mount {
+                Mount::Nfs(nfs) => Ok(Some(self.exports.get(&export(nfs)).await?.places().clone())),
+                Mount::Bind(Bind { base: Base::Mount(base), .. }) => self.ask(base).await,
+                Mount::Overlay(overlay) => {
+                    let mut places = None;
+                    for lower in &overlay.lower {
+                        places = self.ask(lower).await?.or(places);
+                    }
+                    Ok(places)
+                }
+                Mount::Attach(_) | Mount::Bind(_) => Ok(None),
+            }
+        })
+    }
+
+    /// What the image is now, for comparison with what was attached. Its server may answer or not.
+    pub async fn look_at(&self, loopback: &Loopback) -> Result<Content> {
+        let base = self.image_base(&loopback.base).await?;
+        let path = loopback.path.clone();
+        let step = format!("look at image {} of {}", loopback.path, describe(&loopback.base));
+        self.below(&base, step, move |base, symlinks| Ok(Image::open(base, &path, symlinks)?.content)).await
+    }
+
+    /// Runs `work` with the open base, on a thread that may wait for the base's server.
+    async fn below<T: Send + 'static>(
+        &self,
+        base: &PreparedBase,
+        step: String,
+        work: impl FnOnce(&OpenBase, Symlinks) -> kernel::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (namespace, base, places) = (Arc::clone(&self.namespace), base.clone(), base.places());
+        let work = move || {
+            let base = OpenBase::new(base, &namespace)?;
+            work(&base, base.symlinks())
+        };
+        Ok(match places {
+            Some(places) => places.run(step, work).await??,
+            None => blocking::run(step, work).await??,
+        })
+    }
+}
+
+impl Prepared {
+    /// What the images were when they were attached, in the order of [`super::condition::list_images`].
+    pub fn contents(&self, contents: &mut Vec<Content>) {
+        match self {
+            Prepared::Nfs { .. } | Prepared::Bind { base: PreparedBase::HostRoot(_), .. } => {}
+            Prepared::FileSystem { device, .. } => {
+                if let BlockDevice::Loop { content, base, .. } = device {
+                    if let PreparedBase::Mount(base) = base {
+                        base.contents(contents);
+                    }
+                    contents.push(*content);
+                }
+            }
+            Prepared::Bind { base: PreparedBase::Mount(base), .. } => base.contents(contents),
+            Prepared::Overlay { lower, .. } => lower.iter().for_each(|lower| lower.contents(contents)),
+        }
+    }
+}
+
+impl PreparedBase {
+    /// The server that opening a file below this base asks; other bases are local, or cached by their loop device.
+    fn places(&self) -> Option<Places> {
+        match self {
+            PreparedBase::Mount(mount) => match &**mount {
+                Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
+                _ => None,
+            },
+            PreparedBase::HostRoot(_) => None,
+        }
     }
 }
 

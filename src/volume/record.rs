@@ -1,18 +1,36 @@
 //! What the driver writes down about a published path: a hint, always checked against the kernel.
 //!
-//! Each published path has one directory below `published`, named by a hash of the path: `volume.json`, and `scratch` for
-//! the upper layer of an overlay.
+//! Each published path has one directory below `published`, named by a hash of the path: `volume.json`, and a scratch
+//! directory for the upper layer of an overlay.
 
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Publication;
 use super::error::{Error, Kind, Result};
+use super::trash::Trash;
+use crate::kernel::image::Content;
+use crate::kernel::mountinfo;
+
+/// The record of one published path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    #[serde(flatten)]
+    pub publication: Publication,
+    /// What the images were when they were attached, in the order of [`super::condition::list_images`].
+    #[serde(default)]
+    pub contents: Vec<Content>,
+    /// The name of the scratch directory, if there is one: each attempt to publish has its own.
+    #[serde(default)]
+    pub scratch: Option<String>,
+}
 
 /// The directory of one published path; it need not exist.
+#[derive(Clone, Debug)]
 pub struct Directory(PathBuf);
 
 impl Directory {
@@ -22,19 +40,22 @@ impl Directory {
         Directory(published(data_dir).join(name))
     }
 
-    /// Where the upper and work directories of an overlay are made.
-    pub fn scratch(&self) -> PathBuf {
-        self.0.join("scratch")
+    /// A directory of the record's, for the upper and work directories of an overlay.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.0.join(name)
     }
 
     /// `None` where there is no record, or none that this version can read: it is a hint.
-    pub fn read(&self) -> Option<Publication> {
+    pub fn read(&self) -> Option<Record> {
         read(&self.0)
     }
 
-    /// Makes the directory with its record, and with an empty scratch directory if there is none.
-    pub fn write(&self, record: &Publication) -> Result<()> {
-        create_directory(&self.scratch())?;
+    /// Makes the directory with its record and its scratch directory, both unless they are there.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        create_directory(&self.0)?;
+        if let Some(scratch) = &record.scratch {
+            create_directory(&self.scratch(scratch))?;
+        }
         let write = || -> io::Result<()> {
             let new = self.0.join("volume.json.new");
             std::fs::write(&new, serde_json::to_vec_pretty(record)?)?;
@@ -43,22 +64,36 @@ impl Directory {
         write().map_err(|error| failed("write the record in", &self.0, &error))
     }
 
-    /// Removes all of it. Symlinks in the scratch layer are removed, never followed.
-    pub fn remove(&self) -> Result<()> {
-        match std::fs::remove_dir_all(&self.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", &self.0, &error)),
-            _ => Ok(()),
-        }
+    /// Removes all of it.
+    pub fn remove(&self, trash: &Trash) -> Result<()> {
+        trash.throw(&self.0).map_err(|error| failed("remove", &self.0, &error))
     }
 }
 
 /// All records, in no order.
-pub fn all(data_dir: &Path) -> Result<Vec<Publication>> {
+pub fn all(data_dir: &Path) -> Result<Vec<Record>> {
     match std::fs::read_dir(published(data_dir)) {
         Ok(entries) => Ok(entries.filter_map(|entry| read(&entry.ok()?.path())).collect()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(failed("list", &published(data_dir), &error)),
     }
+}
+
+/// Removes the records, and scratch layers, of published paths whose pod is gone: nobody will unpublish them any more.
+///
+/// A target that is mounted, or whose parent directory still exists, is left alone: the kubelet publishes it again after a
+/// reboot, with its scratch layer, or unpublishes it.
+pub fn sweep(data_dir: &Path, trash: &Trash) -> Result<()> {
+    let mounts = mountinfo::read()?;
+    for Record { publication, .. } in all(data_dir)? {
+        let target = &publication.target;
+        let gone = target.parent().is_some_and(|parent| matches!(parent.try_exists(), Ok(false)));
+        if gone && !mounts.iter().any(|mount| Path::new(&mount.mount_point) == target) {
+            tracing::info!(volume = publication.volume_id, target = %target.display(), "the pod is gone: record removed");
+            Directory::of(data_dir, target).remove(trash)?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory, and those above it, that only root can enter.
@@ -70,7 +105,7 @@ pub fn create_directory(path: &Path) -> Result<()> {
         .map_err(|error| failed("make directory", path, &error))
 }
 
-fn read(directory: &Path) -> Option<Publication> {
+fn read(directory: &Path) -> Option<Record> {
     serde_json::from_slice(&std::fs::read(directory.join("volume.json")).ok()?).ok()
 }
 
@@ -78,7 +113,7 @@ fn published(data_dir: &Path) -> PathBuf {
     data_dir.join("published")
 }
 
-fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
+pub fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
     let kind = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::ResourceExhausted,
         _ => Kind::Internal,

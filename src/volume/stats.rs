@@ -1,22 +1,34 @@
 //! How full a published volume is, and whether it is well.
 
-use std::os::unix::fs::MetadataExt;
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::error::{Error, Kind, Result};
-use super::record::Directory;
-use super::{Publication, Volumes, blocking};
-use crate::kernel::mount::is_mount;
-use crate::spec::{Mount, Upper};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
-/// Bytes and inodes of one published volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use super::error::{Error, Kind, Result};
+use super::record::{Directory, Record};
+use super::{Volumes, blocking};
+use crate::kernel;
+use crate::kernel::mount::is_mount;
+
+/// The deepest directory of a scratch layer that is counted, and the most entries: a pod may make more than anyone wants to look at.
+const DEPTH: usize = 64;
+const ENTRIES: usize = 100_000;
+
+/// How one published volume is.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stats {
-    pub bytes: Usage,
-    pub inodes: Usage,
+    /// Bytes and inodes; `None` where the volume is not mounted any more, or its server does not answer.
+    pub usage: Option<(Usage, Usage)>,
+    /// What is wrong, in a sentence.
+    pub abnormal: Option<String>,
 }
 
+/// A number of bytes or of inodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
     pub total: u64,
@@ -25,69 +37,124 @@ pub struct Usage {
 }
 
 impl Volumes {
-    /// The usage of the volume at `path`: of the scratch layer where it has one, else of the image. `None` where it should be mounted and is
-    /// not.
+    /// The usage of the volume at `path`: of the scratch layer where it has one, else of the image.
     ///
     /// `NOT_FOUND` where this volume is not published at this path. Answered from the node's memory and disk, unless the
-    /// spec puts plain NFS at the target.
-    pub async fn stats(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Option<Stats>> {
+    /// spec shows plain NFS: then its server is asked first whether it is there.
+    pub async fn stats(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Stats> {
         let directory = Directory::of(&self.config.data_dir, path);
-        let (volume_id, path) = (volume_id.to_owned(), path.to_owned());
+        let read = {
+            let directory = directory.clone();
+            blocking::run("read the record", move || directory.read()).await?
+        };
+        let Some(record) = read.filter(|record| record.publication.volume_id == volume_id) else {
+            let message = format!("volume {volume_id} is not published at {}", path.display());
+            return Err(Error::new(Kind::NotFound, message));
+        };
+        let places = match self.preparer.ask(&record.publication.mount).await {
+            Ok(places) => places,
+            Err(error) => return Ok(Stats { usage: None, abnormal: Some(error.message) }),
+        };
         let step = format!("look at {}", path.display());
-        let look = move || match directory.read().filter(|record| record.volume_id == volume_id) {
-            None => {
-                let message = format!("volume {volume_id} is not published at {}", path.display());
-                Err(Error::new(Kind::NotFound, message))
+        let look = {
+            let (path, scratch) = (path.to_owned(), record.scratch.as_ref().map(|name| directory.scratch(name)));
+            move || match is_mount(&path)? {
+                true => measure(&path, scratch.as_deref()).map(Some),
+                false => Ok(None),
             }
-            Some(_) if !is_mount(&path)? => Ok(None),
-            Some(record) => measure(&record, &path, &directory).map(Some),
+        };
+        let look = async {
+            Ok::<_, Error>(match places {
+                Some(places) => places.run(&step, look).await??,
+                None => blocking::run(&step, look).await??,
+            })
         };
         let late = |_| Error::new(Kind::DeadlineExceeded, format!("{step}: no answer: is the NFS server up?"));
-        tokio::time::timeout(self.config.timeout, blocking::run(step.clone(), look)).await.map_err(late)??
+        let usage = tokio::time::timeout(self.config.timeout, look).await.map_err(late)??;
+        let abnormal = self.what_is_wrong(&record, usage.is_some()).await;
+        Ok(Stats { usage, abnormal })
+    }
+
+    async fn what_is_wrong(self: &Arc<Self>, record: &Record, mounted: bool) -> Option<String> {
+        match mounted {
+            true => self.condition(record).await,
+            false => Some("published here, but not mounted any more: delete the pod to mount it again".into()),
+        }
     }
 }
 
-fn measure(record: &Publication, path: &Path, directory: &Directory) -> Result<Stats> {
-    let file_system = rustix::fs::statvfs(path)
-        .map_err(|errno| crate::kernel::Error::new(format!("measure {} (statfs)", path.display()), errno))?;
+fn measure(path: &Path, scratch: Option<&Path>) -> kernel::Result<(Usage, Usage)> {
+    let error = |errno| kernel::Error::new(format!("measure {}", path.display()), errno);
+    let file_system = rustix::fs::statvfs(path).map_err(error)?;
     let usage = |total: u64, free: u64, available: u64| Usage { total, used: total.saturating_sub(free), available };
     let block = file_system.f_frsize;
-    let mut stats = Stats {
-        bytes: usage(file_system.f_blocks * block, file_system.f_bfree * block, file_system.f_bavail * block),
-        inodes: usage(file_system.f_files, file_system.f_ffree, file_system.f_favail),
-    };
-    // The file system below an upper directory is the node's disk: others fill it too.
-    if matches!(&record.mount, Mount::Overlay(overlay) if overlay.upper == Upper::Directory) && !record.read_only {
-        let (bytes, inodes) = tree_usage(&directory.scratch()).map_err(|error| {
-            Error::new(Kind::Internal, format!("measure the scratch layer of {}: {error}", path.display()))
-        })?;
-        stats.bytes.used = bytes;
-        stats.inodes.used = inodes;
+    let mut bytes = usage(file_system.f_blocks * block, file_system.f_bfree * block, file_system.f_bavail * block);
+    let mut inodes = usage(file_system.f_files, file_system.f_ffree, file_system.f_favail);
+    if let Some(scratch) = scratch {
+        // The file system below an upper directory is the node's disk: others fill it too.
+        (bytes.used, inodes.used) = tree_usage(scratch).map_err(error)?;
     }
-    Ok(stats)
+    Ok((bytes, inodes))
 }
 
-/// The disk space and the number of files below a directory; files that go while it looks are not counted.
-fn tree_usage(directory: &Path) -> std::io::Result<(u64, u64)> {
-    let mut sum = (0, 0);
-    let mut directories = vec![directory.to_owned()];
-    while let Some(directory) = directories.pop() {
-        let entries = match std::fs::read_dir(&directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            entries => entries?,
+/// The disk space and the number of files below a directory, while its owner goes on to change it: by file descriptors, so that no
+/// symlink put in a directory's place is followed.
+fn tree_usage(directory: &Path) -> rustix::io::Result<(u64, u64)> {
+    let open = |base: &OwnedFd, name: &OsStr| {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(base, name, flags, Mode::empty())
+    };
+    let root = rustix::fs::openat(CWD, directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let (mut bytes, mut files) = (0, 0);
+    let mut levels = vec![Dir::new(open(&root, OsStr::new("."))?)?];
+    while let Some(level) = levels.last_mut() {
+        let Some(entry) = level.read() else {
+            levels.pop();
+            continue;
         };
-        for entry in entries {
-            let entry = entry?;
-            let metadata = match entry.metadata() {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                metadata => metadata?,
-            };
-            sum.0 += metadata.blocks() * 512;
-            sum.1 += 1;
-            if metadata.is_dir() {
-                directories.push(entry.path());
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_owned();
+        if name == "." || name == ".." {
+            continue;
+        }
+        let here = level.fd()?.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
+        let stat = match rustix::fs::statat(&here, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => continue,
+            stat => stat?,
+        };
+        bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        files += 1;
+        if files >= ENTRIES as u64 {
+            break;
+        }
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory && levels.len() < DEPTH {
+            match open(&here, &name) {
+                Ok(directory) => levels.push(Dir::new(directory)?),
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(errno) => return Err(errno),
             }
         }
     }
-    Ok(sum)
+    Ok((bytes, files))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_is_counted_without_following_symlinks_or_going_too_deep() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut path = directory.path().join("tree");
+        std::fs::create_dir(&path).unwrap();
+        std::os::unix::fs::symlink("/usr", path.join("link")).unwrap();
+        std::fs::write(path.join("file"), vec![1; 100_000]).unwrap();
+        for _ in 0..100 {
+            path.push("d");
+            std::fs::create_dir(&path).unwrap();
+        }
+        let (bytes, files) = tree_usage(&directory.path().join("tree")).unwrap();
+        assert!(bytes >= 100_000);
+        assert_eq!(files, 2 + DEPTH as u64);
+    }
 }

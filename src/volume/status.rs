@@ -7,13 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::error::Result;
-use super::{Publication, record};
+use super::record::{self, Record};
 use crate::kernel::loop_device::{self, Tag};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::spec::{Base, Device, Mount};
-
-/// The major number of loop devices (Documentation/admin-guide/devices.txt).
-const LOOP_MAJOR: u32 = 7;
 
 /// What the driver has on this node.
 #[derive(Debug, Serialize)]
@@ -54,7 +51,7 @@ pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
     let mounts = mountinfo::read()?;
     let mounts: BTreeMap<&str, &MountInfo> = mounts.iter().map(|mount| (mount.mount_point.as_str(), mount)).collect();
     let mut records = record::all(data_dir)?;
-    records.sort_by(|a, b| a.target.cmp(&b.target));
+    records.sort_by(|a, b| a.publication.target.cmp(&b.publication.target));
     let volumes: Vec<_> = records.iter().map(|record| volume(record, &mounts)).collect();
     let loop_devices = loop_device::list(&Tag::new(driver_name))?
         .into_iter()
@@ -62,7 +59,7 @@ pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
             let number = attached.device.number();
             Loop {
                 number,
-                image: loop_device::backing_file(number),
+                image: loop_device::backing_file(number).map(|path| without_mount_point(&path).to_owned()),
                 size: attached.identity.size,
                 published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
             }
@@ -71,14 +68,20 @@ pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
     Ok(Status { volumes, loop_devices })
 }
 
-fn volume(record: &Publication, mounts: &BTreeMap<&str, &MountInfo>) -> PublishedVolume {
-    let mount = record.target.to_str().and_then(|target| mounts.get(target));
+/// The kernel shows a file's path with the mount point in the driver's namespace, while that lives: `/nfs-0/image.sqsh`.
+fn without_mount_point(path: &str) -> &str {
+    let rest = path.strip_prefix("/nfs-").map(|rest| rest.trim_start_matches(|letter: char| letter.is_ascii_digit()));
+    rest.filter(|rest| rest.starts_with('/')).unwrap_or(path)
+}
+
+fn volume(Record { publication, .. }: &Record, mounts: &BTreeMap<&str, &MountInfo>) -> PublishedVolume {
+    let mount = publication.target.to_str().and_then(|target| mounts.get(target));
     let mut sources = Vec::new();
-    list_sources(&record.mount, &mut sources);
+    list_sources(&publication.mount, &mut sources);
     PublishedVolume {
-        volume_id: record.volume_id.clone(),
-        target: record.target.clone(),
-        mounted: mount.map(|mount| format!("{} ({},{})", mount.fs_type, mount.options, mount.super_options)),
+        volume_id: publication.volume_id.clone(),
+        target: publication.target.clone(),
+        mounted: mount.map(|mount| format!("{} ({})", mount.fs_type, mount.options)),
         loop_devices: mount.map(|mount| loops_of(mount)).unwrap_or_default(),
         sources,
     }
@@ -86,7 +89,7 @@ fn volume(record: &Publication, mounts: &BTreeMap<&str, &MountInfo>) -> Publishe
 
 /// The device that is mounted, or the `lowerdir` names by which the driver stacks devices: `0-loop3`.
 fn loops_of(mount: &MountInfo) -> Vec<u32> {
-    if mount.device.0 == LOOP_MAJOR {
+    if mount.device.0 == loop_device::MAJOR {
         return vec![mount.device.1];
     }
     let options = mount.super_options.split(',');
@@ -94,25 +97,29 @@ fn loops_of(mount: &MountInfo) -> Vec<u32> {
     layers.flat_map(|layers| layers.split(':')).filter_map(|layer| layer.split_once("-loop")?.1.parse().ok()).collect()
 }
 
+/// One line for each image, export and directory that is shown: `image.sqsh (squashfs) of 10.0.0.5:/images (nfs 4.2)`.
 fn list_sources(mount: &Mount, sources: &mut Vec<String>) {
-    let base_of = |base: &Base, sources: &mut Vec<String>| match base {
-        Base::Root => sources.push("the node's root directory".into()),
-        Base::Mount(mount) => list_sources(mount, sources),
-    };
     match mount {
-        Mount::Nfs(nfs) => sources.push(format!("nfs {}:{} (version {})", nfs.host, nfs.path, nfs.version)),
+        Mount::Nfs(nfs) => sources.push(format!("{}:{} (nfs {})", nfs.host, nfs.path, nfs.version)),
         Mount::Attach(attach) => match &attach.device {
             Device::Loopback(loopback) => {
-                sources.push(format!("{} image {}", attach.fs_type, loopback.path));
-                base_of(&loopback.base, sources);
+                list_below(format!("{} ({})", loopback.path, attach.fs_type), &loopback.base, sources)
             }
-            Device::Local { path } => sources.push(format!("{} on {path}", attach.fs_type)),
+            Device::Local { path } => sources.push(format!("{path} ({})", attach.fs_type)),
         },
-        Mount::Bind(bind) => {
-            sources.push(format!("directory {}", bind.path));
-            base_of(&bind.base, sources);
-        }
+        Mount::Bind(bind) => list_below(format!("directory {}", bind.path), &bind.base, sources),
         Mount::Overlay(overlay) => overlay.lower.iter().for_each(|lower| list_sources(lower, sources)),
+    }
+}
+
+fn list_below(what: String, base: &Base, sources: &mut Vec<String>) {
+    match base {
+        Base::Root => sources.push(format!("{what} of this node")),
+        Base::Mount(mount) => {
+            let mut below = Vec::new();
+            list_sources(mount, &mut below);
+            sources.push(format!("{what} of {}", below.join(" and ")));
+        }
     }
 }
 

@@ -254,7 +254,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (r#"{"kind":"bind","bind":{"path":"a","base":"root","mount":NFS}}"#, "/bind/mount", "does not belong here"),
     (r#"{"kind":"bind","bind":{"path":"a","base":"roto"}}"#, "/bind/base", "did you mean \"root\"?"),
     // Overlay.
-    (r#"{"kind":"overlay","overlay":{"lower":[]}}"#, "/overlay/lower", "0 layers: from 1 to 32"),
+    (r#"{"kind":"overlay","overlay":{"lower":[]}}"#, "/overlay/lower", "0 layers: from 1 to 20"),
     (
         r#"{"kind":"overlay","overlay":{"lower":[NFS,IMAGE,NFS]}}"#,
         "/overlay/lower/2",

@@ -1,0 +1,97 @@
+//! A question that cannot hang, before the kernel asks one that can.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::blocking::waiting_for;
+use crate::kernel::nfs::{self, Export};
+use crate::kernel::{Error, Result};
+
+/// How long a server may take to answer before it counts as dead.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// ONC RPC (RFC 5531): the NFS program, and the procedure that does nothing.
+const NFS_PROGRAM: u32 = 100_003;
+const NULL_PROCEDURE: u32 = 0;
+
+/// Connects to the export's server and makes one NFS NULL call. Any answer will do: the server is alive.
+///
+/// A server that is mounted by RDMA need not listen on TCP and is not asked.
+pub async fn ask(export: &Export, server: SocketAddr) -> Result<()> {
+    if export
+        .options
+        .iter()
+        .any(|(key, value)| key == "proto" && value.as_deref().is_some_and(|v| v.starts_with("rdma")))
+    {
+        return Ok(());
+    }
+    let action = format!("ask NFS server {server} for {export}");
+    waiting_for(&action);
+    let errno = match tokio::time::timeout(PATIENCE, call(export, server)).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => Errno::from_io_error(&error).unwrap_or(Errno::PROTO),
+        Err(_) => Errno::TIMEDOUT,
+    };
+    Err(nfs::explain(Error::new(action, errno)))
+}
+
+async fn call(export: &Export, server: SocketAddr) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(server).await?;
+    let version = if export.version == "3" { 3 } else { 4 };
+    let transaction = std::process::id();
+    // A call: transaction, CALL, RPC version 2, program, version, procedure, then credentials and verifier of flavour AUTH_NONE.
+    let words = [transaction, 0, 2, NFS_PROGRAM, version, NULL_PROCEDURE, 0, 0, 0, 0];
+    let last_fragment = 0x8000_0000 | (4 * words.len() as u32);
+    let message: Vec<u8> = [last_fragment].into_iter().chain(words).flat_map(u32::to_be_bytes).collect();
+    stream.write_all(&message).await?;
+    let _length = stream.read_u32().await?;
+    let answer = (stream.read_u32().await?, stream.read_u32().await?);
+    if answer == (transaction, 1) { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::EPROTO)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    fn export() -> Export {
+        let (host, path) = ("localhost".into(), "/images".into());
+        Export { host, path, version: "4.2", read_only: true, options: Vec::new() }
+    }
+
+    /// Asks a listener that reads a call and answers these words.
+    async fn ask_one_that_answers(answer: [u32; 3]) -> Result<()> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut call = [0; 44];
+            stream.read_exact(&mut call).await.unwrap();
+            assert_eq!(call[..4], [0x80, 0, 0, 40]);
+            assert_eq!(call[16..24], [0, 1, 0x86, 0xa3, 0, 0, 0, 4]);
+            for word in answer {
+                stream.write_u32(word).await.unwrap();
+            }
+        };
+        let export = export();
+        tokio::join!(ask(&export, address), serve).0
+    }
+
+    #[tokio::test]
+    async fn a_server_that_answers_is_alive_and_one_that_speaks_otherwise_is_not() {
+        ask_one_that_answers([0x8000_0008, std::process::id(), 1]).await.unwrap();
+        let error = ask_one_that_answers([0x4854_5450, 0x2f31_2e31, 0x2034_3030]).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::PROTO);
+    }
+
+    #[tokio::test]
+    async fn a_closed_port_is_refused() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        assert_eq!(ask(&export(), address).await.unwrap_err().errno(), Errno::CONNREFUSED);
+    }
+}
