@@ -3,6 +3,8 @@
 # A fresh machine has a toolchain and sudo or root; everything else is installed here.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BINARY := target/release/csi-driver-squashfs
+# A CSI client for the demo and the benchmark.
+CLIENT = $(or $(CARGO_TARGET_DIR),target)/release/examples/csi
 KERNEL ?= 6.12
 # The test binary of the scenarios, as cargo names it.
 SCENARIOS = $$(cargo test --release --locked --no-run --test vm --message-format=json | jq -r 'select(.profile.test and .target.name == "vm").executable')
@@ -16,9 +18,13 @@ help: ## list the targets
 build: ## build the release binary
 	cargo build --release --locked
 
+.PHONY: client
+client:
+	cargo build --release --locked --bins --example csi
+
 .PHONY: demo
-demo: build ## show the main job on real parts, in a virtual machine
-	@$(VM) --copy e2e/demo -- /root/demo
+demo: client ## show the main job on real parts, in a virtual machine
+	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
 
 .PHONY: test
 test: test-unit test-host test-vm ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server
@@ -37,8 +43,8 @@ test-vm: tools ## run the scenarios in the virtual machine (KERNEL=6.1 for anoth
 	$(VM) --copy $(SCENARIOS) -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
 .PHONY: bench
-bench: build ## measure against the tools that users would pick, in the virtual machine
-	@$(VM) --copy e2e/bench -- /root/bench
+bench: client ## measure against the tools that users would pick, in the virtual machine
+	@$(VM) --copy $(CLIENT) --copy e2e/bench -- /root/bench
 
 .PHONY: lint
 lint: tools ## check format, lints, licences and advisories, shell scripts

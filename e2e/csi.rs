@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
@@ -80,14 +81,23 @@ impl Volume {
     }
 }
 
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Box<dyn Error>> {
-    let Cli { endpoint, call } = Cli::parse();
+async fn run(Cli { endpoint, call }: Cli) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let mut node = NodeClient::new(Endpoint::try_from(endpoint)?.connect().await?);
     // So that the call below does not wait for the connection: it takes a moment, and is not what is measured.
     node.node_get_info(NodeGetInfoRequest {}).await?;
-    let connected = start.elapsed();
+    let connected = start.elapsed().as_secs_f64() * 1000.0;
 
     // The driver does not use the staging path, but the CSI spec wants one.
     let staging = |id: &str| format!("/var/lib/kubelet/plugins/kubernetes.io/csi/{id}/globalmount");
@@ -122,8 +132,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
             ("NodeUnstageVolume", node.node_unstage_volume(request).await.map(drop))
         }
     };
-    let took = start.elapsed();
+    let milliseconds = start.elapsed().as_secs_f64() * 1000.0;
     answer.map_err(|status| format!("{method}: {:?}: {}", status.code(), status.message()))?;
-    println!("{method}: OK in {} us (connected in {} us)", took.as_micros(), connected.as_micros());
+    println!("{method}: OK in {milliseconds:.3} ms (connected in {connected:.3} ms)");
     Ok(())
 }

@@ -3,6 +3,13 @@
 #[path = "harness/mod.rs"]
 mod harness;
 
+#[path = "host/history.rs"]
+mod history;
+#[path = "host/killed.rs"]
+mod killed;
+#[path = "host/long_life.rs"]
+mod long_life;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -28,11 +35,16 @@ impl Images {
 
     /// A volume with an overlay on an image that holds `file` with the image's name in it.
     fn volume(&self, id: &str, name: &str) -> Volume {
+        Volume::spec(id, &json!({"kind": "overlay", "overlay": {"lower": [squashfs(&self.image(name))]}})).writable()
+    }
+
+    /// An image that holds `file` with the image's name in it.
+    fn image(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         if !path.exists() {
             Tree::new(&[("file", name)]).squashfs(&path);
         }
-        Volume::spec(id, &json!({"kind": "overlay", "overlay": {"lower": [squashfs(&path)]}})).writable()
+        path
     }
 }
 
@@ -122,7 +134,9 @@ fn foreign_loop_devices_and_other_drivers_are_left_alone() {
     let foreign = run("losetup", &["--find", "--show", "--read-only", images.path("image").to_str().unwrap()]);
     one.mount(&volume, "pod").unwrap();
     two.mount(&volume, "pod").unwrap();
-    assert_eq!(one.loop_devices().len(), 3, "a driver used a device that is not its own");
+    let devices = [one.loop_devices(), two.loop_devices(), vec![foreign.trim().replace("/dev/", "")]].concat();
+    assert_eq!(devices.len(), 3, "{devices:?}");
+    assert!(devices.iter().all(|device| devices.iter().filter(|other| *other == device).count() == 1), "{devices:?}");
     one.unmount(&volume, "pod");
     assert_eq!(fs::read_to_string(two.target("pod").join("file")).unwrap(), "image");
     two.unmount(&volume, "pod");

@@ -1,21 +1,11 @@
 //! What the kernel has, seen with other eyes than the driver's.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::mpsc;
 
 use super::run;
-
-/// The loop devices that have a file.
-pub fn loop_devices() -> Vec<String> {
-    let mut devices: Vec<_> = fs::read_dir("/sys/block")
-        .unwrap()
-        .map(|entry| entry.unwrap())
-        .filter(|entry| entry.path().join("loop").exists())
-        .map(|entry| entry.file_name().into_string().unwrap())
-        .collect();
-    devices.sort();
-    devices
-}
 
 /// The lines of the mount table with a mount point below `directory`.
 pub fn mounts_below(directory: &Path) -> Vec<String> {
@@ -31,6 +21,39 @@ pub fn mount_line(target: &Path) -> String {
     lines.remove(0)
 }
 
+/// The path of a loop device's file, as the kernel shows it; a device that is just going has none.
+pub fn backing_file(device: &str) -> Option<String> {
+    let file = fs::read_to_string(format!("/sys/block/{device}/loop/backing_file")).ok()?;
+    Some(file.trim_end().to_owned())
+}
+
+/// The mount table of a driver's own namespace, which only an open file of the driver leads to.
+pub fn private_mounts(pid: u32) -> Vec<String> {
+    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+    let namespaces = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let is_private = |path: &std::path::PathBuf| {
+        fs::read_link(path).is_ok_and(|link| link.to_string_lossy().starts_with("mnt:[") && link != own)
+    };
+    let namespace = fs::File::open(namespaces.into_iter().find(is_private).expect("a namespace")).unwrap();
+    let (entered, is_entered) = mpsc::channel();
+    let (read, is_read) = mpsc::channel::<()>();
+    let visitor = std::thread::spawn(move || {
+        // SAFETY: this thread alone changes its file system context and namespace; no memory is touched.
+        let thread = unsafe {
+            assert_eq!(libc::unshare(libc::CLONE_FS), 0);
+            assert_eq!(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS), 0);
+            libc::gettid()
+        };
+        entered.send(thread).unwrap();
+        is_read.recv().unwrap();
+    });
+    let thread = is_entered.recv().unwrap();
+    let table = fs::read_to_string(format!("/proc/self/task/{thread}/mountinfo")).unwrap();
+    read.send(()).unwrap();
+    visitor.join().unwrap();
+    table.lines().map(Into::into).collect()
+}
+
 /// The NFS mounts in the host's mount table: there must be none.
 pub fn visible_nfs_mounts() -> usize {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -42,11 +65,15 @@ pub fn nfs_connections() -> usize {
     run("ss", &["-tnH", "state", "established", "( dport = :2049 )"]).lines().count()
 }
 
-/// The remote procedure calls that this node's NFS client has sent.
+/// The remote procedure calls that this node's NFS client has sent, but for those by which it keeps its lease now and then.
 pub fn rpcs() -> u64 {
-    let text = fs::read_to_string("/proc/net/rpc/nfs").unwrap();
-    let line = text.lines().find(|line| line.starts_with("rpc ")).unwrap();
-    line.split(' ').nth(1).unwrap().parse().unwrap()
+    let calls = run("nfsstat", &["-c", "-l"]);
+    let calls = calls.lines().filter_map(|line| line.strip_prefix("nfs v")?.split_once("client")?.1.split_once(':'));
+    calls
+        .map(|(call, count)| (call.trim(), count.trim().parse::<u64>().unwrap()))
+        .filter(|(call, _)| !["total", "sequence", "renew"].contains(call))
+        .map(|(_, count)| count)
+        .sum()
 }
 
 /// Cleans up after a scenario that failed, so that the next one is not blamed.

@@ -4,6 +4,8 @@
 
 pub mod image;
 pub mod kernel;
+pub mod killed;
+pub mod tracer;
 
 use std::collections::HashMap;
 use std::fs;
@@ -22,6 +24,7 @@ use csi_driver_squashfs::csi::v1::{
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest,
     NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, VolumeCapability,
 };
+use csi_driver_squashfs::kernel::loop_device;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
@@ -36,7 +39,6 @@ pub struct Driver {
     pub directory: PathBuf,
     pub name: String,
     process: Option<Child>,
-    foreign_loop_devices: Vec<String>,
     arguments: Vec<String>,
     runtime: tokio::runtime::Runtime,
     channel: Channel,
@@ -119,8 +121,7 @@ impl Driver {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let endpoint = Endpoint::try_from(format!("unix://{}", path("csi.sock"))).unwrap();
         let channel = runtime.block_on(async { endpoint.connect_lazy() });
-        let foreign_loop_devices = kernel::loop_devices();
-        let mut driver = Driver { directory, name, process: None, foreign_loop_devices, arguments, runtime, channel };
+        let mut driver = Driver { directory, name, process: None, arguments, runtime, channel };
         driver.launch();
         driver
     }
@@ -251,11 +252,10 @@ impl Driver {
         kernel::mounts_below(&self.directory)
     }
 
-    /// The loop devices that came since this driver was started.
+    /// The loop devices that carry this driver's mark.
     pub fn loop_devices(&self) -> Vec<String> {
-        let mut devices = kernel::loop_devices();
-        devices.retain(|device| !self.foreign_loop_devices.contains(device));
-        devices
+        let devices = loop_device::list(&loop_device::Tag::new(&self.name)).unwrap();
+        devices.iter().map(|attached| format!("loop{}", attached.device.number())).collect()
     }
 
     /// Fails unless the kernel and the disk have nothing of this driver's: mounts, loop devices, connections, scratch layers.
@@ -267,6 +267,9 @@ impl Driver {
             self.loop_devices().is_empty() && (!in_vm || kernel::nfs_connections() == 0)
         });
         assert_eq!(self.published_directories(), 0, "records or scratch layers are left");
+        // Deleted in the background.
+        let trash = self.data_dir().join("trash");
+        wait_for("the trash to be emptied", || fs::read_dir(&trash).map_or(0, Iterator::count) == 0);
         let pods = fs::read_dir(self.directory.join("pods")).unwrap();
         for pod in pods {
             let pod = pod.unwrap().path();
@@ -297,6 +300,11 @@ pub fn wait_for(what: &str, mut is_true: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting for {what}");
         sleep(Duration::from_millis(20));
     }
+}
+
+/// How often something is done: `quick` in `make test`, `full` in `make soak`.
+pub fn soak(quick: usize, full: usize) -> usize {
+    if std::env::var_os("SOAK").is_some() { full } else { quick }
 }
 
 /// Runs a command that must succeed, and returns what it printed.

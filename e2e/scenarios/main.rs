@@ -7,6 +7,8 @@ mod harness;
 
 mod bad_input;
 mod grammar;
+mod killed;
+mod outage;
 mod story;
 
 /// The NFS server's IPv4 address.

@@ -71,6 +71,7 @@ fn volumes_of_one_image_share_it_and_the_hundredth_pod_costs_no_rpc() {
 
     fs::read(driver.publish(&claimed, "pod-4").unwrap().join("file")).unwrap();
     let before = kernel::rpcs();
+    assert!(before > 0, "the client's counters were not found");
     for number in 5..105 {
         let target = driver.publish(&claimed, &format!("pod-{number}")).unwrap();
         assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "1");

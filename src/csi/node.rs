@@ -37,7 +37,7 @@ impl node_server::Node for Node {
             required_path("staging_target_path", &request.staging_target_path)?;
             let capability = required(request.volume_capability)?;
             let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
-            check_access_mode(&mount, &capability, false)?;
+            check_access_mode(&mount, &capability, is_ephemeral(&request.volume_context))?;
             self.volumes.stage(id, &mount).await?;
             Ok(NodeStageVolumeResponse {})
         })

@@ -86,7 +86,7 @@ pub struct Volumes {
 impl Volumes {
     /// Makes the mount namespace and the data directory; needs root.
     pub fn new(config: Config) -> Result<Arc<Self>> {
-        record::create_directory(&config.data_dir)?;
+        record::create_directories(&config.data_dir)?;
         let path = config.data_dir.join("trash");
         let trash = Trash::new(path.clone()).map_err(|error| record::failed("make directory", &path, &error))?;
         let namespace = Arc::new(PrivateNamespace::new()?);
@@ -148,8 +148,12 @@ impl Volumes {
         }
     }
 
-    /// Removes what belongs to pods that are gone, in the background; for a process that serves a node.
+    /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves
+    /// a node, before it does.
     pub fn sweep(&self) {
+        if let Err(error) = self.trash.sweep() {
+            tracing::error!(%error, "sweep");
+        }
         let (data_dir, trash) = (self.config.data_dir.clone(), self.trash.clone());
         tokio::spawn(async move {
             let swept = blocking::run("sweep", move || record::sweep(&data_dir, &trash)).await;

@@ -116,7 +116,7 @@ impl Volumes {
         };
         let mut contents = Vec::new();
         held.contents(&mut contents);
-        directory.write(&Record { publication: publication.clone(), contents, scratch })?;
+        directory.write(&Record { publication: publication.clone(), contents, scratch }, &self.trash)?;
         Ok(upper)
     }
 

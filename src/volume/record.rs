@@ -50,16 +50,21 @@ impl Directory {
         read(&self.0)
     }
 
-    /// Makes the directory with its record and its scratch directory, both unless they are there.
-    pub fn write(&self, record: &Record) -> Result<()> {
-        create_directory(&self.0)?;
-        if let Some(scratch) = &record.scratch {
-            create_directory(&self.scratch(scratch))?;
-        }
+    /// Writes the record; a directory that is not there yet appears with its record and its scratch directory in it.
+    pub fn write(&self, record: &Record, trash: &Trash) -> Result<()> {
         let write = || -> io::Result<()> {
-            let new = self.0.join("volume.json.new");
-            std::fs::write(&new, serde_json::to_vec_pretty(record)?)?;
-            std::fs::rename(new, self.0.join("volume.json"))
+            let text = serde_json::to_vec_pretty(record)?;
+            if self.0.exists() {
+                let new = self.0.join("volume.json.new");
+                std::fs::write(&new, text)?;
+                return std::fs::rename(new, self.0.join("volume.json"));
+            }
+            let new = trash.new_directory()?;
+            std::fs::write(new.join("volume.json"), text)?;
+            if let Some(scratch) = &record.scratch {
+                std::fs::create_dir(new.join(scratch))?;
+            }
+            std::fs::rename(new, &self.0)
         };
         write().map_err(|error| failed("write the record in", &self.0, &error))
     }
@@ -96,13 +101,14 @@ pub fn sweep(data_dir: &Path, trash: &Trash) -> Result<()> {
     Ok(())
 }
 
-/// Makes a directory, and those above it, that only root can enter.
-pub fn create_directory(path: &Path) -> Result<()> {
+/// Makes the data directory, which only root can enter, and the one for records in it.
+pub fn create_directories(data_dir: &Path) -> Result<()> {
+    let path = published(data_dir);
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(path)
-        .map_err(|error| failed("make directory", path, &error))
+        .create(&path)
+        .map_err(|error| failed("make directory", &path, &error))
 }
 
 fn read(directory: &Path) -> Option<Record> {

@@ -22,14 +22,29 @@ pub struct Trash {
 }
 
 impl Trash {
-    /// Makes the directory, and deletes in the background what an earlier process left in it.
+    /// Makes the directory.
     pub fn new(path: PathBuf) -> io::Result<Self> {
         std::fs::create_dir_all(&path)?;
-        let trash = Trash { path, count: Arc::default() };
-        let left =
-            std::fs::read_dir(&trash.path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
-        trash.empty(left);
-        Ok(trash)
+        Ok(Trash { path, count: Arc::default() })
+    }
+
+    /// Deletes in the background what an earlier process left.
+    pub fn sweep(&self) -> io::Result<()> {
+        let left = std::fs::read_dir(&self.path)?;
+        self.empty(left.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?);
+        Ok(())
+    }
+
+    /// Makes an empty directory that is trash unless it is renamed: what is put together in it appears whole or not at all.
+    pub fn new_directory(&self) -> io::Result<PathBuf> {
+        loop {
+            let path = self.path.join(self.name());
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Ok(path),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Takes a directory from its place. One that is not there is no error.
@@ -49,10 +64,14 @@ impl Trash {
         Ok(open_directory(rustix::fs::CWD, self.path.as_os_str())?)
     }
 
+    fn name(&self) -> OsString {
+        self.count.fetch_add(1, Ordering::Relaxed).to_string().into()
+    }
+
     /// Gives the directory a name in the trash that nothing has.
     fn move_here(&self, trash: &OwnedFd, from: impl rustix::fd::AsFd, name: &OsStr) -> rustix::io::Result<OsString> {
         loop {
-            let new = OsString::from(self.count.fetch_add(1, Ordering::Relaxed).to_string());
+            let new = self.name();
             match rustix::fs::renameat_with(&from, name, trash, &new, RenameFlags::NOREPLACE) {
                 Ok(()) => return Ok(new),
                 Err(Errno::EXIST) => {}

@@ -1,0 +1,136 @@
+//! Many volumes at once, and many one after the other: neither makes the driver slower or larger.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::harness::tracer::Tracer;
+use crate::harness::{Driver, Volume, kernel, soak};
+use crate::{Images, squashfs};
+
+/// What a driver process has, as the kernel counts it.
+#[derive(Debug, PartialEq, Eq)]
+struct Size {
+    files: usize,
+    threads: usize,
+    loop_devices: usize,
+    mounts: usize,
+    private_mounts: usize,
+}
+
+impl Size {
+    fn of(driver: &Driver) -> Self {
+        let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", driver.pid())).unwrap().count();
+        Size {
+            files: count("fd"),
+            threads: count("task"),
+            loop_devices: driver.loop_devices().len(),
+            mounts: driver.mounts().len(),
+            private_mounts: kernel::private_mounts(driver.pid()).len(),
+        }
+    }
+}
+
+/// The memory that a process uses, in KiB.
+fn memory(driver: &Driver) -> usize {
+    let status = fs::read_to_string(format!("/proc/{}/status", driver.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// What a volume at the end of a long life costs the driver, in changes to the system and in system calls.
+fn cost(driver: &Driver, call: impl FnOnce()) -> (Vec<&'static str>, usize) {
+    let tracer = Tracer::watch(driver.pid());
+    call();
+    let report = tracer.finish();
+    let mut changes: Vec<_> = report.changes.iter().map(|change| change.call).collect();
+    // In which order a directory lists its entries is nobody's promise.
+    changes.sort_unstable();
+    (changes, report.calls)
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn two_thousand_volumes_later_the_driver_is_no_larger() {
+    let images = Images::new();
+    let driver = images.driver();
+    let two = json!({"kind": "overlay", "overlay": {
+        "lower": [squashfs(&images.image("one")), squashfs(&images.image("two"))]
+    }});
+    let plain = Volume::spec("plain", &squashfs(&images.image("one")));
+    let volumes = [images.volume("overlay", "one"), plain, Volume::spec("two layers", &two).writable()];
+    let round = |number: usize| {
+        let volume = &volumes[number % volumes.len()];
+        let volume = Volume { id: format!("{}-{number}", volume.id), ..volume.clone() };
+        let target = driver.mount(&volume, "pod").unwrap();
+        assert!(target.join("file").exists());
+        driver.unmount(&volume, "pod");
+        // As the kubelet asks for something that is not there; also a thing to be forgotten.
+        driver.unpublish(&volume, &format!("never-{}", number % 10)).unwrap();
+    };
+    (0..100).for_each(round);
+    driver.assert_nothing_left();
+    let (size, before) = (Size::of(&driver), memory(&driver));
+    let rounds = soak(2_000, 20_000);
+    (100..100 + rounds).for_each(round);
+    driver.assert_nothing_left();
+    assert_eq!(Size::of(&driver), size);
+    let after = memory(&driver);
+    println!("{rounds} rounds: {before} KiB before, {after} KiB after; {size:?}");
+    assert!(after < before + 1024, "{rounds} rounds: the driver grew from {before} to {after} KiB");
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn the_thousandth_volume_on_a_node_costs_what_the_first_did() {
+    const COUNT: usize = 1000;
+    let images = Images::new();
+    let driver = images.driver();
+    let volumes: Vec<_> =
+        (0..COUNT + 10).map(|n| images.volume(&format!("v{n}"), &format!("image{}", n % 10))).collect();
+    let pod = |n: usize| format!("pod-{n}");
+    // The first of each image attaches it.
+    for (n, volume) in volumes.iter().enumerate().take(10) {
+        driver.mount(volume, &pod(n)).unwrap();
+    }
+    let measure = |n: usize| {
+        let stage = cost(&driver, || driver.stage(&volumes[n]).unwrap());
+        let publish = cost(&driver, || drop(driver.publish(&volumes[n], &pod(n)).unwrap()));
+        (stage, publish)
+    };
+    let take_down = |n: usize| {
+        let unpublish = cost(&driver, || driver.unpublish(&volumes[n], &pod(n)).unwrap());
+        let unstage = cost(&driver, || driver.unstage(&volumes[n]).unwrap());
+        (unpublish, unstage)
+    };
+    let first_up = measure(10);
+    let first_down = take_down(10);
+    for (n, volume) in volumes.iter().enumerate().take(COUNT).skip(10) {
+        driver.mount(volume, &pod(n)).unwrap();
+    }
+    assert_eq!(driver.mounts().len(), COUNT);
+    assert_eq!(driver.loop_devices().len(), 10);
+    for n in 0..COUNT {
+        let file = driver.target(&pod(n)).join("file");
+        assert_eq!(fs::read_to_string(file).unwrap(), format!("image{}", n % 10));
+    }
+    let last_up = measure(COUNT);
+    let last_down = take_down(COUNT);
+
+    let costs = [
+        ("stage", first_up.0, last_up.0),
+        ("publish", first_up.1, last_up.1),
+        ("unpublish", first_down.0, last_down.0),
+        ("unstage", first_down.1, last_down.1),
+    ];
+    for (what, first, last) in costs {
+        println!("{what}: {} system calls for the first, {} for number {COUNT}", first.1, last.1);
+        assert_eq!(first.0, last.0, "{what} does something else on a full node");
+        // Which thread is woken by which is a matter of luck, and costs a call or two.
+        assert!(last.1 <= first.1 + 20, "{what}: {} system calls for the first, {} for the last", first.1, last.1);
+    }
+    for (n, volume) in volumes.iter().enumerate().take(COUNT) {
+        driver.unmount(volume, &pod(n));
+    }
+    driver.assert_nothing_left();
+}
