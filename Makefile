@@ -2,7 +2,6 @@
 
 # A fresh machine has a toolchain and sudo or root; everything else is installed here.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-BINARY := target/release/csi-driver-squashfs
 # A CSI client for the demo and the benchmark.
 CLIENT = $(or $(CARGO_TARGET_DIR),target)/release/examples/csi
 KERNEL ?= 6.12
@@ -27,7 +26,7 @@ demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
 
 .PHONY: test
-test: test-unit test-host test-vm ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server
+test: test-unit test-host test-vm test-sanity ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server
 
 .PHONY: test-unit
 test-unit: ## run the tests of pure logic; no root needed
@@ -42,6 +41,20 @@ test-vm: tools ## run the scenarios in the virtual machine (KERNEL=6.1 for anoth
 	cargo build --release --locked
 	$(VM) --copy $(SCENARIOS) -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
+.PHONY: test-sanity
+test-sanity: target/tools/csi-sanity build ## run the CSI project's own conformance tests in the virtual machine (needs Go)
+	@if [ -x $< ]; then $(VM) --copy $< --copy e2e/sanity -- /root/sanity; \
+	else echo "test-sanity: SKIPPED: csi-sanity could not be installed: it needs Go 1.24 or newer"; fi
+
+# In CI nothing is skipped.
+target/tools/csi-sanity:
+	CGO_ENABLED=0 GOBIN=$(CURDIR)/target/tools go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5.0 || [ -z "$(CI)" ]
+
+.PHONY: soak
+soak: export SOAK = 1
+soak: tools ## run the long tests at full length
+	$(if $(SUDO),$(SUDO) --preserve-env=SOAK) $(shell command -v cargo) test --release --locked --test host -- --include-ignored --test-threads=1
+
 .PHONY: bench
 bench: client ## measure against the tools that users would pick, in the virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/bench -- /root/bench
@@ -51,7 +64,7 @@ lint: tools ## check format, lints, licences and advisories, shell scripts
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
-	shellcheck e2e/vm e2e/demo e2e/bench e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run
+	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run
 
 .PHONY: schema
 schema: ## write the JSON Schema of the mount spec anew

@@ -20,6 +20,7 @@ const LISTEN: libc::c_long = 0x4208;
 const RESUME_TO_SYSCALL: libc::c_long = 24;
 const OPTIONS: libc::c_long = 1 | 1 << 3; // PTRACE_O_TRACESYSGOOD, PTRACE_O_TRACECLONE
 const EVENT_STOP: i32 = 128;
+const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 const SYSCALL_ENTRY: u8 = 1;
 
 /// How long a process makes no call before it counts as done with what it was asked for.
@@ -73,7 +74,8 @@ impl Tracer {
         let (sender, ready) = mpsc::channel();
         let trace = Trace { pid, kill_before, stop: Arc::clone(&stop), calls: Arc::clone(&calls) };
         let thread = std::thread::spawn(move || trace.run(sender));
-        ready.recv().expect("the tracer attaches");
+        // No answer means that the process is dead already, for a change that was under way; or else finishing says why.
+        let _ = ready.recv();
         Tracer { pid, stop, calls, thread }
     }
 
@@ -123,10 +125,10 @@ impl Trace {
                         ptrace(LISTEN, thread, 0, 0);
                         continue;
                     }
-                    (0, by) if by == libc::SIGTRAP | 0x80 => {
-                        if self.entered(thread, &mut report) {
+                    (0, by) if by == SYSCALL_STOP => {
+                        report.killed = self.entered(thread, &mut report);
+                        if report.killed {
                             unsafe { libc::kill(self.pid, libc::SIGKILL) };
-                            report.killed = true;
                             return report;
                         }
                     }

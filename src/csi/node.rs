@@ -68,14 +68,14 @@ impl node_server::Node for Node {
             let volume_id = required_text("volume_id", &id)?.to_owned();
             let target = required_path("target_path", &request.target_path)?;
             let ephemeral = is_ephemeral(&request.volume_context);
+            let capability = required(request.volume_capability)?;
+            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
             if !ephemeral && request.staging_target_path.is_empty() {
                 return Err(Error::new(
                     Kind::FailedPrecondition,
                     "staging_target_path is required: stage the volume first",
                 ));
             }
-            let capability = required(request.volume_capability)?;
-            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
             check_access_mode(&mount, &capability, ephemeral || request.readonly)?;
             let exclusive = !ephemeral && is_single_writer(&capability);
             let publication = Publication { volume_id, target, mount, read_only: request.readonly, exclusive };
