@@ -115,7 +115,13 @@ impl Trace {
             // Of this thread's tracees alone: the other children are none of its business.
             let thread = unsafe { libc::waitpid(-1, &mut status, libc::__WALL | libc::__WNOTHREAD) };
             if thread < 0 {
-                return report;
+                let error = std::io::Error::last_os_error();
+                match error.raw_os_error() {
+                    Some(libc::EINTR) => continue,
+                    // A dead process has no thread left to wait for.
+                    Some(libc::ECHILD) if starting.is_empty() => return report,
+                    _ => panic!("wait for process {}: {error}", self.pid),
+                }
             }
             let mut signal = 0;
             if libc::WIFSTOPPED(status) {
@@ -138,6 +144,7 @@ impl Trace {
                 }
                 ptrace(RESUME_TO_SYSCALL, thread, 0, signal.into());
             } else if thread == self.pid {
+                assert!(starting.is_empty(), "process {} ended with status {status:#x} by itself", self.pid);
                 return report;
             }
             if !starting.is_empty() {
