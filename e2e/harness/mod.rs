@@ -38,6 +38,8 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 pub struct Driver {
     pub directory: PathBuf,
     pub name: String,
+    /// What [`Self::launch`] starts.
+    pub binary: PathBuf,
     process: Option<Child>,
     arguments: Vec<String>,
     runtime: tokio::runtime::Runtime,
@@ -121,7 +123,7 @@ impl Driver {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let endpoint = Endpoint::try_from(format!("unix://{}", path("csi.sock"))).unwrap();
         let channel = runtime.block_on(async { endpoint.connect_lazy() });
-        let mut driver = Driver { directory, name, process: None, arguments, runtime, channel };
+        let mut driver = Driver { directory, name, binary: binary(), process: None, arguments, runtime, channel };
         driver.launch();
         driver
     }
@@ -130,7 +132,8 @@ impl Driver {
     pub fn launch(&mut self) {
         assert!(self.process.is_none(), "the driver runs");
         let log = fs::OpenOptions::new().create(true).append(true).open(self.directory.join("log")).unwrap();
-        let process = Command::new(binary()).args(&self.arguments).stderr(log).stdin(Stdio::null()).spawn().unwrap();
+        let process =
+            Command::new(&self.binary).args(&self.arguments).stderr(log).stdin(Stdio::null()).spawn().unwrap();
         self.process = Some(process);
         let socket = self.directory.join("csi.sock");
         wait_for("the driver to listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());

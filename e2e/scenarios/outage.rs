@@ -239,7 +239,7 @@ impl Drop for StuckServer {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
-fn a_changed_image_is_reported_in_words() {
+fn a_changed_image_is_reported_in_words_and_its_readers_fare_as_documented() {
     let driver = start();
     let image = |name: &str, content: &str| {
         let tree = Tree::new(&[("file", content)]);
@@ -248,7 +248,9 @@ fn a_changed_image_is_reported_in_words() {
         tree.squashfs(format!("/images/{name}"))
     };
     for version in ["3", "4.2"] {
-        let change = |name: &str, words: &str, change: &dyn Fn(&Path)| {
+        // A server of NFS 4 knows that the file is open and keeps it; for NFS 3 a file without a name is gone.
+        let is_kept = version != "3";
+        let change = |name: &str, words: &str, readable: Option<bool>, change: &dyn Fn(&Path)| {
             let path = image(name, "old");
             let volume = Volume::spec(name, &super::attach("squashfs", name, &nfs(version)));
             let target = driver.mount(&volume, name).unwrap();
@@ -261,17 +263,27 @@ fn a_changed_image_is_reported_in_words() {
                 message = condition.message;
             }
             assert!(message.contains(words), "NFS {version}, {name}: {message:?} does not say {words:?}");
+            fresh_caches();
+            let read = fs::read(target.join("data"));
+            if let Some(readable) = readable {
+                assert_eq!(
+                    read.is_ok(),
+                    readable,
+                    "NFS {version}, {name}: reading what is not cached: {:?}",
+                    read.err()
+                );
+            }
             driver.unmount(&volume, name);
         };
-        change(&format!("replaced-{version}"), "was replaced", &|path| {
+        change(&format!("replaced-{version}"), "was replaced", Some(is_kept), &|path| {
             let new = image("next", "new");
             fs::rename(new, path).unwrap();
         });
-        change(&format!("truncated-{version}"), "was truncated", &|path| {
+        change(&format!("truncated-{version}"), "was truncated", Some(false), &|path| {
             fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
         });
-        change(&format!("gone-{version}"), "is gone", &|path| fs::remove_file(path).unwrap());
-        change(&format!("written-{version}"), "was written over", &|path| {
+        change(&format!("gone-{version}"), "is gone", Some(is_kept), &|path| fs::remove_file(path).unwrap());
+        change(&format!("written-{version}"), "was written over", None, &|path| {
             use std::os::unix::fs::FileExt;
             let file = fs::OpenOptions::new().write(true).open(path).unwrap();
             file.write_all_at(b"x", fs::metadata(path).unwrap().len() - 1).unwrap();
@@ -283,6 +295,18 @@ fn a_changed_image_is_reported_in_words() {
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn a_driver_killed_under_load_hurts_no_reader_and_the_next_one_ends_all() {
+    replaced_under_load(|_| {});
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_driver_upgraded_under_load_hurts_no_reader_and_the_new_one_ends_all() {
+    // The same code in another file, as an upgrade brings it.
+    run("sh", &["-c", "cp $(command -v csi-driver-squashfs) /root/upgraded"]);
+    replaced_under_load(|driver| driver.binary = "/root/upgraded".into());
+}
+
+fn replaced_under_load(replace: impl FnOnce(&mut Driver)) {
     let tree = Tree::new(&[]);
     let file = tree.path().join("file");
     run("dd", &["if=/dev/urandom", &format!("of={}", file.display()), "bs=1M", "count=2", "status=none"]);
@@ -298,6 +322,7 @@ fn a_driver_killed_under_load_hurts_no_reader_and_the_next_one_ends_all() {
         .map(|target| Command::new("cat").arg(target.join("file")).stdout(std::process::Stdio::null()).spawn().unwrap())
         .collect();
     driver.kill();
+    replace(&mut driver);
     driver.launch();
     for mut reader in readers {
         assert!(reader.wait().unwrap().success(), "a reader saw an error");
@@ -307,5 +332,7 @@ fn a_driver_killed_under_load_hurts_no_reader_and_the_next_one_ends_all() {
         driver.unpublish(volume, &pod(n)).unwrap();
         driver.unstage(volume).unwrap();
     }
+    let program = fs::read_link(format!("/proc/{}/exe", driver.pid())).unwrap();
+    assert_eq!(program.file_name(), driver.binary.file_name());
     driver.assert_nothing_left();
 }

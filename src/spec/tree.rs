@@ -1,6 +1,6 @@
 //! What can be asked of a mount and those inside it.
 
-use super::{Attach, Base, Bind, Device, Mount, Overlay, Upper};
+use super::{Attach, Base, Bind, Device, Mount, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -16,14 +16,6 @@ impl Mount {
             }
             Mount::Nfs(nfs) => !nfs.read_only,
             Mount::Overlay(overlay) => overlay.upper != Upper::None,
-        }
-    }
-
-    /// The same mount, without the writable layer if it is an overlay: for a read-only publish.
-    pub fn without_upper(self) -> Mount {
-        match self {
-            Mount::Overlay(overlay) => Mount::Overlay(Overlay { upper: Upper::None, ..overlay }),
-            other => other,
         }
     }
 
