@@ -2,12 +2,22 @@
 
 # A fresh machine has a toolchain and sudo or root; everything else is installed here.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# One static binary, with no path of this machine in it: what is tested is what is shipped.
+CARGO_BUILD_TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
+RUSTFLAGS = -C target-feature=+crt-static --remap-path-prefix=$(CURDIR)=/src \
+	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo
+export CARGO_BUILD_TARGET RUSTFLAGS
+BUILT = $(or $(CARGO_TARGET_DIR),target)/$(CARGO_BUILD_TARGET)/release
+# For CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu on another machine: the linker of Debian's gcc-aarch64-linux-gnu.
+ifneq ($(shell uname -m),aarch64)
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
+endif
 # A CSI client for the demo and the benchmark.
-CLIENT = $(or $(CARGO_TARGET_DIR),target)/release/examples/csi
+CLIENT = $(BUILT)/examples/csi
 KERNEL ?= 6.12
-# The test binary of the scenarios, as cargo names it.
-SCENARIOS = $$(cargo test --release --locked --no-run --test vm --message-format=json | jq -r 'select(.profile.test and .target.name == "vm").executable')
-VM = $(SUDO) e2e/vm run --kernel $(KERNEL)
+# The binary of an integration test, as cargo names it.
+test_binary = $$(cargo test --release --locked --no-run --test $(1) --message-format=json | jq -r 'select(.profile.test and .target.name == "$(1)").executable')
+VM = $(SUDO) e2e/vm run --kernel $(KERNEL) --bin $(BUILT)/csi-driver-squashfs
 
 .PHONY: help
 help: ## list the targets
@@ -21,12 +31,27 @@ build: ## build the release binary
 client:
 	cargo build --release --locked --bins --example csi
 
+# The same bytes from the same program: nothing of the time or the machine gets into the archive's layers.
+IMAGE = ghcr.io/csi-driver-squashfs/csi-driver-squashfs
+ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
+BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/target/image/storage --runroot $(CURDIR)/target/image/run
+
+.PHONY: image
+image: build tools ## build the container image, an OCI archive below target/image, without a registry or a daemon
+	@$(SUDO) rm -rf target/image && mkdir -p target/image
+	version=$$($(BUILT)/csi-driver-squashfs --version | cut -d ' ' -f 2); \
+	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $(IMAGE):$$version \
+		--file Containerfile $(BUILT) && \
+	$(BUILDAH) push --quiet $(IMAGE):$$version oci-archive:target/image/csi-driver-squashfs-$(ARCH).tar:$(IMAGE):$$version
+	@$(SUDO) rm -rf target/image/storage target/image/run
+	@ls -l target/image
+
 .PHONY: demo
 demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
 
 .PHONY: test
-test: test-unit test-host test-vm test-sanity ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server
+test: test-unit test-host test-vm test-sanity test-chart test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
 
 .PHONY: test-unit
 test-unit: ## run the tests of pure logic; no root needed
@@ -34,12 +59,12 @@ test-unit: ## run the tests of pure logic; no root needed
 
 .PHONY: test-host
 test-host: tools ## run the tests that need root and this kernel's loop devices, but no NFS
-	$(SUDO) $(shell command -v cargo) test --release --locked --test host -- --include-ignored --test-threads=1
+	$(SUDO) $(call test_binary,host) --include-ignored --test-threads=1
 
 .PHONY: test-vm
 test-vm: tools ## run the scenarios in the virtual machine (KERNEL=6.1 for another kernel, FILTER=name for one)
 	cargo build --release --locked
-	$(VM) --copy $(SCENARIOS) -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
+	$(VM) --copy $(call test_binary,vm) -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
 .PHONY: test-sanity
 test-sanity: target/tools/csi-sanity build ## run the CSI project's own conformance tests in the virtual machine (needs Go)
@@ -50,10 +75,55 @@ test-sanity: target/tools/csi-sanity build ## run the CSI project's own conforma
 target/tools/csi-sanity:
 	CGO_ENABLED=0 GOBIN=$(CURDIR)/target/tools go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v5.5.0 || [ -z "$(CI)" ]
 
+# What renders and checks the chart.
+CHART_PROGRAMS = $(addprefix target/tools/,helm helm-docs kubeconform kube-score yq)
+target/tools/helm: program = helm.sh/helm/v4/cmd/helm@v4.3.1
+target/tools/helm-docs: program = github.com/norwoodj/helm-docs/cmd/helm-docs@v1.14.2
+target/tools/kubeconform: program = github.com/yannh/kubeconform/cmd/kubeconform@v0.8.0
+target/tools/kube-score: program = github.com/zegl/kube-score/cmd/kube-score@v1.20.0
+target/tools/yq: program = github.com/mikefarah/yq/v4@v4.53.6
+$(CHART_PROGRAMS):
+	CGO_ENABLED=0 GOBIN=$(CURDIR)/target/tools go install $(program)
+
+# Debian's package would start a server: only the one program is taken from it.
+target/tools/promtool:
+	$(SUDO) apt-get -q update
+	mkdir -p $(@D) && cd $(@D) && apt-get -q download prometheus && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/promtool && rm prometheus_*.deb
+
+target/tools/kubernetes-schemas/complete: charts/tools/schemas | tools
+	$< $(@D)
+
+.PHONY: chart
+chart: $(CHART_PROGRAMS) ## write what follows from the Helm chart anew: its README.md and the manifests (needs Go)
+	PATH=$(CURDIR)/target/tools:$$PATH charts/tools/generate charts/csi-driver-squashfs/README.md manifests/csi-driver-squashfs.yaml
+
+.PHONY: test-chart
+test-chart: tools $(CHART_PROGRAMS) target/tools/promtool target/tools/kubernetes-schemas/complete build ## check the Helm chart and the manifests (needs Go; first time: ten minutes)
+	e2e/chart --driver $(BUILT)/csi-driver-squashfs
+
+# A Kubernetes cluster to test with, as static programs; all in one build, as they share most of their packages.
+KUBERNETES = target/tools/kubernetes
+.PHONY: kubernetes
+kubernetes: $(KUBERNETES)/etcd ## build etcd and the parts of Kubernetes that tests run (needs Go; first time: many minutes and 4 GB)
+
+# What depends on a version, such as the kubeVersion of a chart, believes what is linked in.
+$(KUBERNETES)/etcd: e2e/kubernetes/go.mod
+	version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' $<); numbers=$${version#v}; minor=$${numbers#*.}; \
+	cd $(<D) && CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -o $(CURDIR)/$(@D)/ -ldflags "-s -w \
+		-X k8s.io/component-base/version.gitVersion=$$version -X k8s.io/component-base/version.gitMajor=$${numbers%%.*} \
+		-X k8s.io/component-base/version.gitMinor=$${minor%%.*}" tool
+	mv $(@D)/server $@
+
+.PHONY: test-kubernetes
+test-kubernetes: kubernetes build ## run the controller service against a real API server, and the node service in a real cluster (needs Go)
+	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
+	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(wildcard $(KUBERNETES)/*)) --copy e2e/kubernetes --copy manifests -- \
+		/root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
+
 .PHONY: soak
-soak: export SOAK = 1
 soak: tools ## run the long tests at full length
-	$(if $(SUDO),$(SUDO) --preserve-env=SOAK) $(shell command -v cargo) test --release --locked --test host -- --include-ignored --test-threads=1
+	$(SUDO) env SOAK=1 $(call test_binary,host) --include-ignored --test-threads=1
 
 .PHONY: bench
 bench: client ## measure against the tools that users would pick, in the virtual machine
@@ -64,7 +134,9 @@ lint: tools ## check format, lints, licences and advisories, shell scripts
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
-	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run
+	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run \
+		e2e/chart charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
+		e2e/kubernetes/image e2e/kubernetes/kubelet e2e/kubernetes/node e2e/kubernetes/scenarios
 
 .PHONY: schema
 schema: ## write the JSON Schema of the mount spec anew
@@ -72,8 +144,8 @@ schema: ## write the JSON Schema of the mount spec anew
 
 .PHONY: tools
 tools: ## install what the tests and lints need
-	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck; do \
+	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck buildah:buildah; do \
 		command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	if [ -n "$$missing" ]; then \
 		$(SUDO) apt-get -q update && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -q -y install $$missing; fi
-	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny

@@ -1,121 +1,33 @@
-//! The command line: one function for each subcommand.
+//! One function for each subcommand.
+
+mod cli;
 
 use std::fs;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use csi_driver_squashfs::csi::{Controller, Endpoint, Identity, Node, serve};
+use clap::Parser;
+use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
+use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
+use csi_driver_squashfs::kubernetes::registration::{self, Registered};
+use csi_driver_squashfs::ops::doctor::{self, Patient, Verdict};
+use csi_driver_squashfs::ops::{self, Watched};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Mount};
 use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
+use cli::{Cli, Command, Global, LogFormat, NodeArguments, Output, Serve};
+
 type Outcome = Result<(), Box<dyn std::error::Error>>;
-
-/// Read-only images from an NFS server as directories in pods: a CSI driver, and the same by hand.
-#[derive(Parser)]
-#[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-    #[command(flatten)]
-    global: Global,
-}
-
-#[derive(Args)]
-struct Global {
-    /// The CSI driver's name; the data directory and the driver's marks on loop devices and mounts follow from it
-    #[arg(long, global = true, env = "DRIVER_NAME", default_value = "squashfs.csi.dev", value_parser = driver_name)]
-    driver_name: String,
-    /// Where scratch layers and records live [default: /var/lib/kubelet/plugins/DRIVER_NAME]
-    #[arg(long, global = true, env = "DATA_DIR", value_name = "DIRECTORY")]
-    data_dir: Option<PathBuf>,
-    /// Where the node's root directory is seen, for specs with base "root"
-    #[arg(long, global = true, env = "HOST_ROOT", value_name = "DIRECTORY", default_value = "/")]
-    host_root: PathBuf,
-    /// What users may mount (YAML) [default: any NFS server, nothing from the node]
-    #[arg(long, global = true, env = "POLICY", value_name = "FILE")]
-    policy: Option<PathBuf>,
-    /// How many seconds a call may take before it is answered; its work goes on
-    #[arg(long, global = true, env = "TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
-    timeout: u64,
-    /// What to log: error, warn, info, debug, trace
-    #[arg(long, global = true, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
-    log_level: LevelFilter,
-    #[arg(long, global = true, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Output {
-    Text,
-    Json,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Serve the CSI node service, on every node
-    Node {
-        #[command(flatten)]
-        serve: Serve,
-        /// This node's name in the cluster
-        #[arg(long, env = "NODE_ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-        node_id: String,
-        /// Serve the controller service too
-        #[arg(long, env = "CONTROLLER")]
-        controller: bool,
-    },
-    /// Serve the CSI controller service, once in a cluster
-    Controller {
-        #[command(flatten)]
-        serve: Serve,
-    },
-    /// Mount a spec by hand
-    Mount {
-        /// A file with the JSON mount spec, or - for standard input
-        spec: PathBuf,
-        /// The directory to mount at; it is made if it is not there
-        target: PathBuf,
-        /// Without the writable layer
-        #[arg(long)]
-        read_only: bool,
-    },
-    /// Unmount what `mount` mounted
-    Unmount {
-        /// The directory that was mounted at; it is removed
-        target: PathBuf,
-    },
-    /// Print the steps that mounting a spec would take
-    Plan {
-        /// A file with the JSON mount spec, or - for standard input
-        spec: PathBuf,
-    },
-    /// Print the volumes of this node, down to loop device, image and export
-    Status {
-        #[arg(long, short, value_enum, default_value_t = Output::Text)]
-        output: Output,
-    },
-}
-
-#[derive(Args)]
-struct Serve {
-    /// The Unix socket to serve
-    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
-    endpoint: Endpoint,
-}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -134,33 +46,76 @@ fn main() -> ExitCode {
 async fn run(cli: Cli) -> Outcome {
     let global = cli.global;
     match cli.command {
-        Command::Node { serve, node_id, controller } => node(global, serve, node_id, controller).await,
+        Command::Node(arguments) => node(global, arguments).await,
         Command::Controller { serve } => controller(global, serve).await,
         Command::Mount { spec, target, read_only } => mount(global, &spec, &target, read_only).await,
         Command::Unmount { target } => unmount(global, &target).await,
         Command::Plan { spec } => plan(&global, &spec),
+        Command::Doctor { servers, kubelet_dir } => doctor(&global, servers, kubelet_dir).await,
+        Command::Convert { container, namespace, container_image } => {
+            convert(&global, &container, &namespace, &container_image)
+        }
         Command::Status { output } => show_status(&global, output),
     }
 }
 
-async fn node(global: Global, arguments: Serve, node_id: String, controller: bool) -> Outcome {
+async fn node(global: Global, arguments: NodeArguments) -> Outcome {
+    let NodeArguments { serve: Serve { endpoint, http_address }, node_id, controller, plugin_registry } = arguments;
     let policy = policy(&global)?;
-    let identity = Identity { driver_name: global.driver_name.clone(), controller, node: true };
-    let controller = controller.then(|| Controller::new(policy.clone()));
+    let driver_name = global.driver_name.clone();
+    let identity = Identity { driver_name: driver_name.clone(), controller, node: true };
+    let controller = controller.then(|| Controller::new(policy.clone(), &driver_name));
     raise_file_limit();
     for missing in volume::missing().await? {
         tracing::warn!("this node lacks: {missing}");
     }
     let volumes = volumes(global)?;
     volumes.sweep();
-    let node = Node { node_id, policy, volumes };
-    Ok(serve(&arguments.endpoint, identity, controller, Some(node), stop()?).await?)
+    let node = Node { node_id, policy, volumes: Arc::clone(&volumes) };
+    let stop = stop()?;
+    let registered = watch::Sender::new(Registered::NotYet);
+    let watched = Watched {
+        csi_socket: endpoint.path().to_owned(),
+        volumes: Some(volumes),
+        registered: plugin_registry.is_some().then(|| registered.subscribe()),
+    };
+    let register = async {
+        match &plugin_registry {
+            Some(registry) => {
+                registration::serve(registry, &driver_name, endpoint.path(), registered, stopped(&stop)).await
+            }
+            None => Ok(()),
+        }
+    };
+    tokio::try_join!(
+        csi::serve(&endpoint, identity, controller, Some(node), stopped(&stop)),
+        register,
+        watch_over(http_address, watched, stopped(&stop)),
+    )?;
+    Ok(())
 }
 
 async fn controller(global: Global, arguments: Serve) -> Outcome {
-    let controller = Controller::new(policy(&global)?);
+    let controller = Controller::new(policy(&global)?, &global.driver_name);
     let identity = Identity { driver_name: global.driver_name, controller: true, node: false };
-    Ok(serve(&arguments.endpoint, identity, Some(controller), None, stop()?).await?)
+    let stop = stop()?;
+    let watched = Watched { csi_socket: arguments.endpoint.path().to_owned(), volumes: None, registered: None };
+    tokio::try_join!(
+        csi::serve(&arguments.endpoint, identity, Some(controller), None, stopped(&stop)),
+        watch_over(arguments.http_address, watched, stopped(&stop)),
+    )?;
+    Ok(())
+}
+
+async fn watch_over(
+    address: Option<SocketAddr>,
+    watched: Watched,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    match address {
+        Some(address) => ops::serve(address, watched, stop).await,
+        None => Ok(()),
+    }
 }
 
 async fn mount(global: Global, spec: &Path, target: &Path, read_only: bool) -> Outcome {
@@ -182,8 +137,28 @@ fn plan(global: &Global, spec: &Path) -> Outcome {
     Ok(())
 }
 
+async fn doctor(global: &Global, servers: Vec<String>, kubelet_dir: PathBuf) -> Outcome {
+    let patient = Patient { data_dir: global.data_dir(), kubelet_dir, policy: policy(global)?, servers };
+    let findings = doctor::examine(&patient).await;
+    for finding in &findings {
+        println!("{finding}");
+    }
+    match findings.iter().any(|finding| matches!(finding.verdict, Verdict::Bad(_))) {
+        true => Err("no volume can be mounted here before what failed is mended".into()),
+        false => Ok(()),
+    }
+}
+
+fn convert(global: &Global, file: &Path, namespace: &str, container_image: &str) -> Outcome {
+    let surroundings = Surroundings { driver_name: &global.driver_name, namespace, container_image };
+    let converted = convert::convert(&read(file)?, &policy(global)?, &surroundings)?;
+    warn(&converted.notes);
+    print!("{}", converted.documents);
+    Ok(())
+}
+
 fn show_status(global: &Global, output: Output) -> Outcome {
-    let status = status::read(&global.driver_name, &data_dir(global))?;
+    let status = status::read(&global.driver_name, &global.data_dir())?;
     match output {
         Output::Text => print!("{status}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
@@ -197,16 +172,11 @@ fn volumes(global: Global) -> Result<Arc<Volumes>, Box<dyn std::error::Error>> {
 
 fn config(global: Global) -> Config {
     Config {
-        data_dir: data_dir(&global),
+        data_dir: global.data_dir(),
         driver_name: global.driver_name,
         host_root: global.host_root,
         timeout: Duration::from_secs(global.timeout),
     }
-}
-
-fn data_dir(global: &Global) -> PathBuf {
-    let default = || Path::new("/var/lib/kubelet/plugins").join(&global.driver_name);
-    global.data_dir.clone().unwrap_or_else(default)
 }
 
 /// The volume ID of what was mounted without Kubernetes.
@@ -215,36 +185,27 @@ fn by_hand(target: &Path) -> String {
 }
 
 fn read_spec(global: &Global, file: &Path) -> Result<Mount, Box<dyn std::error::Error>> {
-    let mut text = String::new();
-    let named = |error: io::Error| format!("read {}: {error}", file.display());
-    if file == Path::new("-") {
-        io::stdin().read_to_string(&mut text).map_err(named)?;
-    } else {
-        text = fs::read_to_string(file).map_err(named)?;
-    }
-    let parsed = spec::json::parse(&text)?;
-    for warning in &parsed.warnings {
-        eprintln!("csi-driver-squashfs: warning: {warning}");
-    }
+    let parsed = spec::json::parse(&read(file)?)?;
+    warn(&parsed.warnings);
     parsed.check(&policy(global)?)?;
     Ok(parsed.mount)
 }
 
-fn policy(global: &Global) -> Result<Policy, Box<dyn std::error::Error>> {
-    let Some(file) = &global.policy else { return Ok(Policy::default()) };
-    let text = fs::read_to_string(file).map_err(|error| format!("read policy {}: {error}", file.display()))?;
-    Ok(Policy::parse(&text)?)
+/// A file, or standard input by the name `-`.
+fn read(file: &Path) -> Result<String, String> {
+    let text = if file == Path::new("-") { io::read_to_string(io::stdin()) } else { fs::read_to_string(file) };
+    text.map_err(|error| format!("read {}: {error}", file.display()))
 }
 
-/// The rules of the CSI spec for a plugin's name (GetPluginInfo): a domain name of at most 63 characters.
-fn driver_name(name: &str) -> Result<String, String> {
-    let end = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-    let inside = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
-    let bytes = name.as_bytes();
-    if bytes.len() <= 63 && end(bytes.first()) && end(bytes.last()) && bytes.iter().all(inside) {
-        return Ok(name.to_owned());
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        eprintln!("csi-driver-squashfs: warning: {warning}");
     }
-    Err("a driver name is a domain name of at most 63 letters, digits, '-' and '.'".into())
+}
+
+fn policy(global: &Global) -> Result<Policy, Box<dyn std::error::Error>> {
+    let Some(file) = &global.policy else { return Ok(Policy::default()) };
+    Ok(Policy::parse(&read(file)?)?)
 }
 
 /// The level is the driver's own; of its libraries only warnings are of interest.
@@ -266,13 +227,22 @@ fn raise_file_limit() {
     }
 }
 
-/// Ready when the process is asked to end, by Kubernetes or at a terminal.
-fn stop() -> io::Result<impl Future<Output = ()>> {
+/// Becomes true when the process is asked to end, by Kubernetes or at a terminal.
+fn stop() -> io::Result<watch::Receiver<bool>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(async move {
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    })
+        sender.send_replace(true);
+    });
+    Ok(receiver)
+}
+
+fn stopped(stop: &watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
+    let mut stop = stop.clone();
+    // Where the sender is gone there is no more to wait for either.
+    async move { drop(stop.wait_for(|stop| *stop).await) }
 }

@@ -146,6 +146,21 @@ impl Driver {
         process.wait().unwrap();
     }
 
+    /// Ends the process in good order, as Kubernetes does.
+    pub fn terminate(&mut self) {
+        let mut process = self.process.take().expect("the driver runs");
+        run("kill", &[&process.id().to_string()]);
+        assert!(process.wait().unwrap().success());
+    }
+
+    /// What `csi-driver-squashfs status` says of this driver.
+    pub fn status(&self) -> serde_json::Value {
+        let arguments = [format!("--driver-name={}", self.name), format!("--data-dir={}", self.data_dir().display())];
+        let text =
+            Command::new(&self.binary).args(["status", "--output=json"]).args(arguments).output().unwrap().stdout;
+        serde_json::from_slice(&text).unwrap()
+    }
+
     pub fn pid(&self) -> u32 {
         self.process.as_ref().expect("the driver runs").id()
     }
@@ -185,14 +200,22 @@ impl Driver {
         NodeClient::new(self.channel.clone())
     }
 
-    pub fn stage(&self, volume: &Volume) -> Result<(), Status> {
-        let request = NodeStageVolumeRequest {
+    /// Starts a call that goes on while the test does something else.
+    pub fn spawn<F: Future<Output: Send> + Send + 'static>(&self, call: F) -> tokio::task::JoinHandle<F::Output> {
+        self.runtime.spawn(call)
+    }
+
+    pub fn stage_request(&self, volume: &Volume) -> NodeStageVolumeRequest {
+        NodeStageVolumeRequest {
             volume_id: volume.id.clone(),
             staging_target_path: self.staging(),
             volume_capability: Some(volume.capability()),
             volume_context: volume.attributes.clone(),
-        };
-        self.block_on(self.node().node_stage_volume(request)).map(drop)
+        }
+    }
+
+    pub fn stage(&self, volume: &Volume) -> Result<(), Status> {
+        self.block_on(self.node().node_stage_volume(self.stage_request(volume))).map(drop)
     }
 
     pub fn unstage(&self, volume: &Volume) -> Result<(), Status> {

@@ -8,6 +8,7 @@ mod harness;
 mod bad_input;
 mod grammar;
 mod killed;
+mod operations;
 mod outage;
 mod story;
 

@@ -18,26 +18,26 @@ use super::{nfs, seed, squashfs};
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn start() -> Driver {
-    start_with(None)
+    start_with(&["--timeout=20"], None)
 }
 
-fn start_with(policy: Option<&str>) -> Driver {
-    let driver = Driver::start_with(&["--timeout=20"], policy);
+pub fn start_with(arguments: &[&str], policy: Option<&str>) -> Driver {
+    let driver = Driver::start_with(arguments, policy);
     // The first call opens the client's connection, which is none of what may leak.
     node_is_well(&driver);
     driver
 }
 
 /// The server behind a link that is whole again when the scenario ends, however it ends.
-struct Link;
+pub struct Link;
 
 impl Link {
-    fn cut() -> Self {
+    pub fn cut() -> Self {
         run("nfs-server", &["cut"]);
         Link
     }
 
-    fn restore(self) {}
+    pub fn restore(self) {}
 }
 
 impl Drop for Link {
@@ -47,7 +47,7 @@ impl Drop for Link {
 }
 
 /// Runs a call that must end within its deadline, whatever the server does.
-fn in_time<T>(what: &str, call: impl FnOnce() -> T) -> T {
+pub fn in_time<T>(what: &str, call: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let answer = call();
     assert!(start.elapsed() < DEADLINE, "{what} took {:?}", start.elapsed());
@@ -77,7 +77,7 @@ fn node_is_well(driver: &Driver) {
 fn a_dead_server_fails_new_volumes_in_time_and_no_others() {
     Tree::new(&[("file", "1")]).squashfs("/images/outage.sqsh");
     Tree::new(&[("file", "local")]).squashfs("/srv/other.sqsh");
-    let driver = start_with(Some("hostPaths: [/srv]"));
+    let driver = start_with(&["--timeout=20"], Some("hostPaths: [/srv]"));
     let volume = Volume::spec("v", &seed("/outage.sqsh"));
     let inline = Volume::spec("inline", &seed("/outage.sqsh")).inline();
     let other = Volume::spec(
@@ -177,13 +177,8 @@ fn readers_wait_for_a_server_and_go_on_without_an_error() {
 fn a_call_that_hangs_is_answered_and_undone_by_the_next() {
     // The probe gets an answer, the mount does not.
     let server = StuckServer::start();
-    let port = server.port;
-    let stuck = |port: u16| -> Value {
-        json!({"kind": "nfs", "nfs": {"host": "127.0.0.1", "path": "/images", "ro": true,
-            "options": [format!("port={port}")]}})
-    };
     let mut driver = Driver::start_with(&["--timeout=3"], None);
-    let volume = Volume::spec("v", &super::attach("squashfs", "a.sqsh", &stuck(port)));
+    let volume = Volume::spec("v", &super::attach("squashfs", "a.sqsh", &server.export("/images")));
     let inline = Volume { id: "inline".into(), ..volume.clone() }.inline();
     let error = in_time("stage", || driver.stage(&volume)).unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
@@ -203,13 +198,13 @@ fn a_call_that_hangs_is_answered_and_undone_by_the_next() {
 }
 
 /// Something that takes connections on this node, answers the NULL call, and says no more until it is dropped.
-struct StuckServer {
+pub struct StuckServer {
     port: u16,
     process: std::process::Child,
 }
 
 impl StuckServer {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let program = "
 import socketserver
 class Handler(socketserver.BaseRequestHandler):
@@ -227,6 +222,12 @@ server.serve_forever()
         let mut port = String::new();
         std::io::BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
         StuckServer { port: port.trim().parse().unwrap(), process }
+    }
+
+    /// The spec of one of its exports.
+    pub fn export(&self, path: &str) -> Value {
+        json!({"kind": "nfs", "nfs": {"host": "127.0.0.1", "path": path, "ro": true,
+            "options": [format!("port={}", self.port)]}})
     }
 }
 

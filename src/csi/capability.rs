@@ -48,6 +48,12 @@ pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool
     )))
 }
 
+/// The pod that a volume is published for, as `namespace/name`, where the kubelet names it (podInfoOnMount).
+pub fn pod_of(context: &HashMap<String, String>) -> Option<String> {
+    let get = |key: &str| context.get(&format!("csi.storage.k8s.io/pod.{key}"));
+    Some(format!("{}/{}", get("namespace")?, get("name")?))
+}
+
 pub fn is_ephemeral(context: &HashMap<String, String>) -> bool {
     context.get(EPHEMERAL).is_some_and(|value| value == "true")
 }

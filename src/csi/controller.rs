@@ -13,28 +13,46 @@ use super::v1::{
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume, VolumeCapability, controller_server,
     controller_service_capability, validate_volume_capabilities_response,
 };
+use crate::kubernetes::claim::Claims;
 use crate::spec::policy::Policy;
 use crate::spec::template;
 use crate::volume::{Error, Kind, Result};
 
-/// Creates and validates volumes without touching any server.
+/// Creates and validates volumes without touching any NFS server.
 pub struct Controller {
     policy: Policy,
+    claims: Claims,
     /// The volumes that this process created, by ID: all that tells a repeated request from a conflicting one.
     created: Mutex<HashMap<String, Volume>>,
 }
 
 impl Controller {
-    pub fn new(policy: Policy) -> Self {
-        Controller { policy, created: Mutex::default() }
+    /// `driver_name` is the domain of the annotation by which a claim names its image.
+    pub fn new(policy: Policy, driver_name: &str) -> Self {
+        Controller { policy, claims: Claims::new(driver_name), created: Mutex::default() }
     }
 
-    fn create(&self, request: CreateVolumeRequest) -> Result<Volume> {
+    /// Reads the claim where the StorageClass takes the image from it, and tells its author what is wrong.
+    async fn create(&self, request: CreateVolumeRequest) -> Result<Volume> {
+        let class = template::expand(&request.parameters)?;
+        let claim = match &class.asks {
+            Some(asks) => Some(self.claims.get(&asks.namespace, &asks.name).await?),
+            None => None,
+        };
+        let image = claim.as_ref().and_then(|claim| claim.image.as_deref());
+        let context = class.with_image(self.claims.annotation(), image).map_err(Error::from);
+        let created = context.and_then(|context| self.create_with(request, context.into_iter().collect()));
+        if let (Some(claim), Err(error)) = (&claim, &created) {
+            self.claims.warn(claim, &error.message).await;
+        }
+        created
+    }
+
+    fn create_with(&self, request: CreateVolumeRequest, context: HashMap<String, String>) -> Result<Volume> {
         let name = required_text("name", &request.name)?;
         if request.volume_content_source.is_some() {
             return Err(invalid("volume_content_source: a volume is a reference to an image and has no other source"));
         }
-        let context: HashMap<_, _> = template::expand(&request.parameters)?.into_iter().collect();
         self.check(&context, &request.volume_capabilities)?;
         let range = request.capacity_range.unwrap_or_default();
         if range.required_bytes < 0 || range.limit_bytes < 0 {
@@ -105,7 +123,8 @@ impl controller_server::Controller for Controller {
     async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
         let request = request.into_inner();
         let name = request.name.clone();
-        answer("CreateVolume", &name, async { Ok(CreateVolumeResponse { volume: Some(self.create(request)?) }) }).await
+        answer("CreateVolume", &name, async { Ok(CreateVolumeResponse { volume: Some(self.create(request).await?) }) })
+            .await
     }
 
     async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Answer<DeleteVolumeResponse> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tonic::{Request, Response};
 
 use super::capability::{
-    check_access_mode, is_ephemeral, is_single_writer, mount_of, required, required_path, required_text,
+    check_access_mode, is_ephemeral, is_single_writer, mount_of, pod_of, required, required_path, required_text,
 };
 use super::status::{Answer, answer};
 use super::v1::volume_usage::Unit;
@@ -65,6 +65,9 @@ impl node_server::Node for Node {
         let request = request.into_inner();
         let id = request.volume_id.clone();
         answer("NodePublishVolume", &id, async {
+            if let Some(pod) = pod_of(&request.volume_context) {
+                tracing::Span::current().record("pod", pod);
+            }
             let volume_id = required_text("volume_id", &id)?.to_owned();
             let target = required_path("target_path", &request.target_path)?;
             let ephemeral = is_ephemeral(&request.volume_context);

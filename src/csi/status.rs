@@ -5,6 +5,7 @@ use std::time::Instant;
 use tonic::{Code, Response, Status};
 use tracing::Instrument;
 
+use crate::metrics;
 use crate::volume::{self, Kind};
 
 /// What every method of the services returns.
@@ -12,18 +13,22 @@ pub type Answer<T> = Result<Response<T>, Status>;
 
 /// Runs one call in a span of its own and logs how it ended. `about` names the volume or path; no secret is ever part of it.
 pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Output = volume::Result<T>>) -> Answer<T> {
-    let span = tracing::info_span!("call", method, about);
+    let span = tracing::info_span!("call", method, about, pod = tracing::field::Empty);
     let start = Instant::now();
     async move {
         let outcome = call.await;
-        let milliseconds = start.elapsed().as_millis();
+        let took = start.elapsed();
+        let milliseconds = took.as_millis();
+        let code = outcome.as_ref().err().map_or(Code::Ok, |error| code(error.kind));
+        // As other exporters of gRPC metrics write it.
+        let name = if code == Code::Ok { "OK".to_owned() } else { format!("{code:?}") };
+        metrics::call(method, &name, took);
         match outcome {
             Ok(answer) => {
                 tracing::info!(milliseconds, "done");
                 Ok(Response::new(answer))
             }
             Err(error) => {
-                let code = code(error.kind);
                 tracing::warn!(milliseconds, ?code, %error, "failed");
                 Err(Status::new(code, error.message))
             }

@@ -149,6 +149,13 @@ pub fn backing_file(number: u32) -> Option<String> {
     Some(path.trim_end_matches('\n').to_owned())
 }
 
+/// How many bytes were read from the device since it was attached (Documentation/block/stat.rst; 0 where it is gone).
+pub fn read_bytes(number: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/sys/block/loop{number}/stat")).unwrap_or_default();
+    let sectors: u64 = stat.split_whitespace().nth(2).and_then(|sectors| sectors.parse().ok()).unwrap_or_default();
+    sectors * 512
+}
+
 /// The device, if it is attached and ours.
 fn inspect(number: u32, tag: &Tag) -> Result<Option<Attached>> {
     let answer = open(number).and_then(|fd| {
@@ -185,7 +192,7 @@ fn candidates() -> Result<Vec<u32>> {
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }
 
-fn free_number(control: &File) -> Result<u32> {
+pub(super) fn free_number(control: &File) -> Result<u32> {
     // SAFETY: LOOP_CTL_GET_FREE takes no argument and returns the number of a device.
     let answer = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
     u32::try_from(answer).map_err(|_| {
@@ -206,7 +213,7 @@ fn open(number: u32) -> std::result::Result<OwnedFd, Errno> {
     rustix::fs::open(device_path(number), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn device_path(number: u32) -> PathBuf {
+pub(super) fn device_path(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
 }
 

@@ -7,9 +7,11 @@ pub mod image;
 pub mod loop_device;
 pub mod mount;
 pub mod mountinfo;
+pub mod mountstats;
 pub mod namespace;
 pub mod nfs;
 pub mod overlay;
 pub mod support;
+pub mod thread;
 
 pub use error::{Error, Result};

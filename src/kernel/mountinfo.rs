@@ -15,6 +15,8 @@ pub struct MountInfo {
     pub device: (u32, u32),
     pub mount_point: String,
     pub options: String,
+    /// Mounts below it appear in other namespaces too (mount_namespaces(7)).
+    pub shared: bool,
     pub fs_type: String,
     pub source: String,
     pub super_options: String,
@@ -43,6 +45,7 @@ fn parse(line: &str) -> Option<MountInfo> {
     let (major, minor) = mount.next()?.split_once(':')?;
     let mut mount = mount.skip(1);
     let (mount_point, options) = (mount.next()?, mount.next()?);
+    let shared = mount.any(|field| field.starts_with("shared:"));
     let mut file_system = file_system.split(' ');
     Some(MountInfo {
         id,
@@ -50,6 +53,7 @@ fn parse(line: &str) -> Option<MountInfo> {
         device: (major.parse().ok()?, minor.parse().ok()?),
         mount_point: unescape(mount_point),
         options: options.to_owned(),
+        shared,
         fs_type: file_system.next()?.to_owned(),
         source: unescape(file_system.next()?),
         super_options: file_system.next().unwrap_or_default().to_owned(),
@@ -57,7 +61,7 @@ fn parse(line: &str) -> Option<MountInfo> {
 }
 
 /// Resolves `\040` and its like: the kernel writes space, tab, newline and backslash so.
-fn unescape(text: &str) -> String {
+pub(super) fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
@@ -85,7 +89,7 @@ mod tests {
         let mount = parse(line).unwrap();
         assert_eq!((mount.id, mount.parent, mount.device), (36, 35, (7, 3)));
         assert_eq!(mount.mount_point, "/mnt/a b");
-        assert_eq!(mount.options, "rw,nosuid");
+        assert_eq!((mount.options.as_str(), mount.shared), ("rw,nosuid", true));
         assert_eq!(mount.fs_type, "squashfs");
         assert_eq!(mount.source, "/dev/loop3");
         assert_eq!(mount.super_options, "ro,errors=continue");

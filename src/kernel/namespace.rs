@@ -3,7 +3,7 @@
 //! NFS mounts are attached here, and overlays are put together here: before Linux 6.15 the kernel clones and stacks only mounts that
 //! are attached somewhere. The namespace goes with the process, whatever ends it, and every mount in it with it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -35,6 +35,53 @@ impl PrivateNamespace {
                 .doing(|| "enter the driver's mount namespace".into())?;
             Ok(work())
         })?
+    }
+
+    /// A child process inside the namespace, for the files of proc(5) that are about processes and not about threads.
+    pub fn enter_process(&self) -> Result<Process> {
+        let failed = |action: &str| {
+            let error = std::io::Error::last_os_error();
+            Error::new(action, Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+        };
+        let (ready, entered) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing(|| "make a pipe".into())?;
+        // SAFETY: the child makes system calls on file descriptors that it has, and nothing else, until it is killed.
+        let process = match unsafe { libc::fork() } {
+            -1 => return Err(failed("start a process in the driver's mount namespace")),
+            0 => unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                let outcome = libc::setns(self.fd.as_raw_fd(), libc::CLONE_NEWNS);
+                if outcome == 0 && libc::write(entered.as_raw_fd(), [1_u8].as_ptr().cast(), 1) == 1 {
+                    libc::pause();
+                }
+                libc::_exit(1)
+            },
+            id => Process(id),
+        };
+        drop(entered);
+        match rustix::io::read(&ready, &mut [0_u8]) {
+            Ok(1) => Ok(process),
+            _ => Err(Error::new("enter the driver's mount namespace", Errno::PERM)),
+        }
+    }
+}
+
+/// A child process that waits, until this is dropped.
+pub struct Process(libc::pid_t);
+
+impl Process {
+    pub fn id(&self) -> libc::pid_t {
+        self.0
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SAFETY: nobody else waits for this child, so that its ID is its own until here.
+        unsafe {
+            libc::kill(self.0, libc::SIGKILL);
+            libc::waitpid(self.0, std::ptr::null_mut(), 0);
+        }
     }
 }
 

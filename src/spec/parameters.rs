@@ -64,7 +64,7 @@ pub fn parse_attributes<'a>(
     attributes: impl IntoIterator<Item = (&'a String, &'a String)>,
     mount_options: &[String],
 ) -> Result<Parsed, SpecError> {
-    let mut attributes = canonical(attributes)?;
+    let mut attributes = canonical(attributes, KNOWN)?;
     let mut mount_options = mount_options.to_vec();
     mount_options.extend(attributes.remove(mount_options::PARAMETER));
     let mount_options = mount_options::parse(&mount_options)?;
@@ -77,20 +77,21 @@ pub fn parse_attributes<'a>(
     }
 }
 
-/// The parameters in their documented spelling, without those of Kubernetes.
+/// The parameters in the spelling of `known`, without those of Kubernetes.
 pub(super) fn canonical<'a>(
     parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
+    known: &[&'static str],
 ) -> Result<BTreeMap<&'static str, String>, SpecError> {
     let mut canonical = BTreeMap::new();
     for (key, value) in parameters {
         if FOREIGN.iter().any(|prefix| key.starts_with(prefix)) {
             continue;
         }
-        let Some(known) = KNOWN.iter().find(|known| known.eq_ignore_ascii_case(key)) else {
-            return Err(invalid(key, unknown("parameter", key, KNOWN)));
+        let Some(name) = known.iter().find(|name| name.eq_ignore_ascii_case(key)) else {
+            return Err(invalid(key, unknown("parameter", key, known)));
         };
-        if canonical.insert(*known, value.clone()).is_some() {
-            return Err(invalid(known, "given twice, in spellings that differ only in case"));
+        if canonical.insert(*name, value.clone()).is_some() {
+            return Err(invalid(name, "given twice, in spellings that differ only in case"));
         }
     }
     Ok(canonical)

@@ -1,4 +1,4 @@
-//! The patterns of the admin's policy. A `*` stands for any characters, but never for a dot between two labels of a
+//! The patterns of the admin's policy and of storage classes. A `*` stands for any characters, but never for a dot between two labels of a
 //! host name or a slash between two components of a path.
 
 /// Whether `path` is what the pattern names, or below it: `/images` covers `/images/a` but not `/images2`,
@@ -9,6 +9,12 @@ pub(super) fn covers(pattern: &str, path: &str) -> bool {
         .split('/')
         .filter(|component| !component.is_empty())
         .all(|wanted| components.next().is_some_and(|given| matches(wanted, given)))
+}
+
+/// Whether `path` is what the pattern names: `torch-*.sqsh` names neither `torch-2/a.sqsh` nor `a/torch-2.sqsh`.
+pub(super) fn names_path(pattern: &str, path: &str) -> bool {
+    let components = |text: &str| text.split('/').filter(|component| !component.is_empty()).count();
+    components(pattern) == components(path) && covers(pattern, path)
 }
 
 /// Whether the pattern names `host`, whatever the case and with or without a trailing dot. A pattern that is only `*`

@@ -77,6 +77,12 @@ impl Policy {
         Ok(policy)
     }
 
+    /// The servers that it names without a pattern.
+    pub fn hosts(&self) -> impl Iterator<Item = &str> {
+        let hosts = self.servers.iter().flatten().map(|server| server.host.as_str());
+        hosts.filter(|host| !host.contains('*'))
+    }
+
     /// Refuses what the policy does not allow, as [`super::error::ErrorKind::Denied`].
     pub fn check(&self, mount: &Mount) -> Result<(), SpecError> {
         mount.walk("", &mut |at, mount| match mount {

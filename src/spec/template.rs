@@ -3,12 +3,14 @@
 //! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`,
 //! and in every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot
 //! climb.
+//!
+//! With `imagesFromClaim`, a path pattern, a claim may name its image itself, by an annotation.
 
 use super::{
     error::{SpecError, quote},
     json::{self, PARAMETER as MOUNT_SPEC},
-    parameters::canonical,
-    text,
+    parameters::{KNOWN, canonical},
+    pattern, text,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -20,12 +22,55 @@ const TEMPLATES: [(&str, &str); 3] = [
     ("pv.metadata.name", "csi.storage.k8s.io/pv/name"),
 ];
 
-/// Turns the parameters of a CreateVolume call into the volume's context: templates replaced, names in their documented
-/// spelling, Kubernetes' own parameters dropped. What the values say is left to
+/// The parameter with the pattern of the images that a claim may name.
+const IMAGES_FROM_CLAIM: &str = "imagesFromClaim";
+
+/// The parameters of a CreateVolume call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Class {
+    /// The volume's context: templates replaced, names in their documented spelling, Kubernetes' own parameters dropped.
+    pub context: BTreeMap<String, String>,
+    /// The claim that may name the image, where the StorageClass says so.
+    pub asks: Option<Asks>,
+}
+
+/// A claim, and the images that it may name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asks {
+    pub namespace: String,
+    pub name: String,
+    pattern: String,
+}
+
+impl Class {
+    /// The context with the image that the claim names in `annotation`, or else with the image of the StorageClass.
+    pub fn with_image(mut self, annotation: &str, image: Option<&str>) -> Result<BTreeMap<String, String>, SpecError> {
+        let Some(Asks { pattern, .. }) = self.asks else { return Ok(self.context) };
+        match image {
+            Some(image) => {
+                let path = text::relative(image).map_err(|message| SpecError::invalid(annotation, "", message))?;
+                if !pattern::names_path(&pattern, &path) {
+                    let message =
+                        format!("image {} is not allowed by the StorageClass; allowed: {pattern}", quote(image));
+                    return Err(SpecError::denied(annotation, "", message));
+                }
+                self.context.insert("image".into(), path);
+            }
+            None if self.context.contains_key("image") => {}
+            None => {
+                let message = format!(
+                    "the claim names no image: its StorageClass wants it in this annotation; allowed: {pattern}"
+                );
+                return Err(SpecError::invalid(annotation, "", message));
+            }
+        }
+        Ok(self.context)
+    }
+}
+
+/// Reads the parameters of a CreateVolume call. What the values of the context say is left to
 /// [`super::parameters::parse_attributes`].
-pub fn expand<'a>(
-    parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
-) -> Result<BTreeMap<String, String>, SpecError> {
+pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<Class, SpecError> {
     let parameters: Vec<_> = parameters.into_iter().collect();
     let values: Values = parameters
         .iter()
@@ -34,9 +79,13 @@ pub fn expand<'a>(
             Some((*name, value.as_str()))
         })
         .collect();
-    let mut context = BTreeMap::new();
-    for (name, value) in canonical(parameters)? {
+    let (mut context, mut pattern) = (BTreeMap::new(), None);
+    for (name, value) in canonical(parameters, &[KNOWN, &[IMAGES_FROM_CLAIM]].concat())? {
         let value = match name {
+            IMAGES_FROM_CLAIM => {
+                pattern = Some(replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?);
+                continue;
+            }
             MOUNT_SPEC => expand_json(&value, &values)?,
             "image" | "share" => replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?,
             _ if value.contains("${") => {
@@ -47,7 +96,21 @@ pub fn expand<'a>(
         };
         context.insert(name.to_owned(), value);
     }
-    Ok(context)
+    let asks = pattern.map(|pattern| asks(pattern, &context, &values)).transpose()?;
+    Ok(Class { context, asks })
+}
+
+fn asks(pattern: String, context: &BTreeMap<String, String>, values: &Values) -> Result<Asks, SpecError> {
+    let invalid = |message: &str| SpecError::invalid(IMAGES_FROM_CLAIM, "", message);
+    if context.contains_key(MOUNT_SPEC) {
+        return Err(invalid("stands beside \"mountSpec\": it is for the flat form, with server and share"));
+    }
+    text::relative(&pattern).map_err(|message| invalid(&message))?;
+    let claim = (values.get("pvc.metadata.namespace"), values.get("pvc.metadata.name"));
+    let (Some(namespace), Some(name)) = claim else {
+        return Err(invalid("external-provisioner names the claim only with --extra-create-metadata"));
+    };
+    Ok(Asks { namespace: (*namespace).to_owned(), name: (*name).to_owned(), pattern })
 }
 
 /// From a template's name to its value.
@@ -113,10 +176,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn expanded(pairs: &[(&str, &str)]) -> Result<BTreeMap<String, String>, SpecError> {
+    fn class(pairs: &[(&str, &str)]) -> Result<Class, SpecError> {
         let owned: BTreeMap<String, String> =
             pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         expand(&owned)
+    }
+
+    fn expanded(pairs: &[(&str, &str)]) -> Result<BTreeMap<String, String>, SpecError> {
+        Ok(class(pairs)?.context)
     }
 
     const NAME: (&str, &str) = ("csi.storage.k8s.io/pvc/name", "data");
@@ -138,6 +205,34 @@ mod tests {
         let expected = [("image", "pvc-1/data.sqsh"), ("server", "nfs"), ("share", "/images/team")];
         let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
         assert_eq!(context, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn a_claim_names_an_image_that_its_class_allows() {
+        let named = |pattern: &str, image: Option<&str>, default: &[(&str, &str)]| {
+            let pairs = [&[("imagesfromclaim", pattern), NAME, NAMESPACE], default].concat();
+            let context = class(&pairs)?.with_image("driver/image", image)?;
+            Ok::<_, SpecError>(context["image"].clone())
+        };
+        let default = [("image", "default.sqsh")];
+        assert_eq!(named("torch-*.sqsh", Some("torch-2.sqsh"), &[]).unwrap(), "torch-2.sqsh");
+        assert_eq!(named("*.sqsh", Some("/a.sqsh"), &default).unwrap(), "a.sqsh");
+        assert_eq!(named("${pvc.metadata.namespace}/*", Some("team/a"), &[]).unwrap(), "team/a");
+        assert_eq!(named("*", None, &default).unwrap(), "default.sqsh");
+        for (pattern, image, message) in [
+            ("*.sqsh", Some("a/b.sqsh"), "driver/image: image \"a/b.sqsh\" is not allowed"),
+            ("${pvc.metadata.namespace}/*", Some("other/a"), "allowed: team/*"),
+            ("*/*", Some("a/.."), "driver/image: "),
+            ("*", Some("${pvc.metadata.name}"), "templates are expanded only in the parameters"),
+            ("*", None, "the claim names no image"),
+            ("../*", None, "imagesFromClaim: "),
+        ] {
+            let error = named(pattern, image, &[]).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/b"}}"#;
+        class(&[("imagesFromClaim", "*"), ("mountSpec", spec), NAME, NAMESPACE]).unwrap_err();
+        class(&[("imagesFromClaim", "*"), NAME]).unwrap_err();
     }
 
     #[test]

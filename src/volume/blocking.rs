@@ -1,5 +1,6 @@
 //! Where the driver waits for the kernel: each wait on a thread of its own, and always with a name.
 
+use std::io;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -8,9 +9,14 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::error::{Error, Kind, Result};
 use super::lock;
+use crate::kernel;
+use crate::metrics::{self, Releasing, Waiting};
 
 /// How many threads may wait for one NFS server. What comes later waits for a place, without a thread.
 const PLACES: usize = 16;
+/// The names of the threads, by which [`super::status`] finds them.
+pub const WAITING: &str = "csi-wait";
+pub const RELEASING: &str = "csi-release";
 
 tokio::task_local! {
     /// What the current operation waits for, for the answer to a caller who cannot wait any longer.
@@ -40,17 +46,26 @@ pub fn waiting_for(step: impl Into<String>) {
     let _ = STEP.try_with(|current| *lock(&current.0) = step);
 }
 
+/// Counts `work` under the name of its step.
+pub fn measured<T>(step: &'static str, work: impl FnOnce() -> kernel::Result<T>) -> kernel::Result<T> {
+    let step = metrics::Step::start(step);
+    let outcome = work();
+    step.end(outcome.as_ref().err().map(|error| metrics::errno_name(error.errno().raw_os_error())));
+    outcome
+}
+
 /// The threads that may wait for one NFS server: a dead one takes no more than these.
 #[derive(Clone, Debug)]
-pub struct Places(Arc<Semaphore>);
-
-impl Default for Places {
-    fn default() -> Self {
-        Places(Arc::new(Semaphore::new(PLACES)))
-    }
+pub struct Places {
+    server: Arc<str>,
+    free: Arc<Semaphore>,
 }
 
 impl Places {
+    pub fn new(server: &str) -> Self {
+        Places { server: server.into(), free: Arc::new(Semaphore::new(PLACES)) }
+    }
+
     /// [`run`], once there is a place; it is taken until `work` ends, whoever still waits for it.
     pub async fn run<T: Send + 'static>(
         &self,
@@ -58,35 +73,61 @@ impl Places {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T> {
         let step = step.into();
-        let place = match Arc::clone(&self.0).try_acquire_owned() {
+        let place = match Arc::clone(&self.free).try_acquire_owned() {
             Ok(place) => Ok(place),
             Err(_) => {
                 waiting_for(format!("{step} (after {PLACES} others that wait for this server)"));
-                Arc::clone(&self.0).acquire_owned().await
+                Arc::clone(&self.free).acquire_owned().await
             }
         };
-        run(step, move || {
-            let _place = place;
+        let waiting = Waiting::new(Arc::clone(&self.server));
+        wait(WAITING, step, move || {
+            let _counted = (waiting, place);
             work()
         })
         .await
     }
 }
 
-/// Runs `work`, which may wait for a server or a disk for any time, on a thread of its own.
+/// Runs `work`, which may wait for the node's kernel or disk for any time, on a thread of its own.
 pub async fn run<T: Send + 'static>(step: impl Into<String>, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    let step = step.into();
+    let waiting = Waiting::new("".into());
+    wait(WAITING, step.into(), move || {
+        let _counted = waiting;
+        work()
+    })
+    .await
+}
+
+/// [`run`] for `work` that lets go of something, for which nobody may wait long: the kernel may still have to tell a server.
+pub async fn release<T: Send + 'static>(
+    step: impl Into<String>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let releasing = Releasing::new();
+    wait(RELEASING, step.into(), move || {
+        let _counted = releasing;
+        work()
+    })
+    .await
+}
+
+async fn wait<T: Send + 'static>(thread: &str, step: String, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let (sender, receiver) = oneshot::channel();
     waiting_for(&step);
-    thread::Builder::new()
-        .name("kernel".into())
-        .stack_size(256 * 1024)
-        .spawn(move || {
-            // The caller may have stopped waiting.
-            let _ = sender.send(work());
-        })
-        .map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))?;
+    start(thread, move || {
+        // The caller may have stopped waiting.
+        let _ = sender.send(work());
+    })
+    .map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))?;
     receiver.await.map_err(|_| Error::new(Kind::Internal, format!("{step}: the driver panicked: see its log")))
+}
+
+/// What the thread logs belongs to the call that started it.
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let span = tracing::Span::current();
+    let thread = thread::Builder::new().name(name.into()).stack_size(256 * 1024);
+    thread.spawn(move || span.in_scope(work)).map(drop)
 }
 
 /// A kernel object whose release may wait for a server: it is never released on the thread that answers calls.
@@ -111,8 +152,12 @@ impl<T: Send + 'static> Drop for Aside<T> {
     fn drop(&mut self) {
         let object = self.0.take();
         if tokio::runtime::Handle::try_current().is_ok() {
+            let releasing = Releasing::new();
             // Where no thread can be started the object is released here: late answers beat none at all.
-            let _ = thread::Builder::new().spawn(move || drop(object));
+            let _ = start(RELEASING, move || {
+                let _counted = releasing;
+                drop(object);
+            });
         }
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::blocking::measured;
 use super::exports::{io_error, make_directory};
 use super::prepare::{BlockDevice, Prepared, PreparedBase};
 use crate::kernel::mount::{
@@ -93,7 +94,7 @@ fn file_system(device: &BlockDevice, fs_type: FsType, no_exec: bool) -> kernel::
     if no_exec {
         attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
     }
-    context.mount(attributes)
+    measured(fs_type.as_str(), || context.mount(attributes))
 }
 
 /// What the mount table calls a layer: the loop device where there is one.
@@ -105,6 +106,12 @@ fn layer_name(layer: &Prepared) -> String {
         Prepared::Bind { .. } => "bind".into(),
         Prepared::Overlay { .. } => "overlay".into(),
     }
+}
+
+/// An overlay of one empty layer and an upper in `directory`.
+pub fn stack_on(directory: &Path, namespace: &PrivateNamespace) -> kernel::Result<DetachedMount> {
+    let upper = UpperLayer::Directory(directory.to_owned());
+    stack(vec![("empty".into(), tmpfs(4096)?)], Some(&upper), namespace, "try")
 }
 
 fn stack(
@@ -120,7 +127,7 @@ fn stack(
         Some(UpperLayer::Tmpfs { size }) => Some(tmpfs(*size)?),
         Some(UpperLayer::Directory(path)) => Some(DetachedMount::bind(open_directory(path)?, false, CONFINED)?),
     };
-    namespace.run(|| {
+    let stack = || {
         let workspace = Workspace::new()?;
         let mut lower = Vec::with_capacity(layers.len());
         for (index, (name, mount)) in layers.iter().enumerate() {
@@ -132,7 +139,8 @@ fn stack(
         workspace.attach("upper", upper)?;
         make_upper(&lower[0])?;
         overlay::mount(source, &lower, Some(("upper/upper", "upper/work")))
-    })?
+    };
+    measured("overlay", || namespace.run(stack)?)
 }
 
 /// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use super::blocking::{Aside, Places};
+use super::blocking::{Aside, Places, measured};
 use super::error::{Kind, Result};
 use super::shared::Shared;
 use super::{lock, probe, resolve};
@@ -130,10 +130,11 @@ impl Exports {
 
     async fn mount_from(&self, export: &Export, address: IpAddr) -> Result<Aside<NfsMount>> {
         let step = format!("mount {export} (nfs {}, {address})", export.version);
-        let places = lock(&self.places).entry(export.host.clone()).or_default().clone();
+        let new = || Places::new(&export.host);
+        let places = lock(&self.places).entry(export.host.clone()).or_insert_with(new).clone();
         let (export, namespace, mine) = (export.clone(), Arc::clone(&self.namespace), places.clone());
-        let mount = places.run(step, move || NfsMount::attach(export, address, mine, namespace).map(Aside::new));
-        Ok(mount.await??)
+        let mount = move || measured("nfs", || NfsMount::attach(export, address, mine, namespace)).map(Aside::new);
+        Ok(places.run(step, mount).await??)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use super::blocking::{self, Step};
 use super::error::{Error, Kind, Result};
@@ -125,7 +126,8 @@ impl InFlight {
         operations.insert(key.to_owned(), operation.clone());
         let work = operation.step.clone().observe(work(operation.lease.clone()));
         let end = End { operations: Arc::clone(&self.operations), key: key.to_owned(), operation: operation.clone() };
-        tokio::spawn(async move { end.with(work.await) });
+        // What the operation logs belongs to the call that started it.
+        tokio::spawn(async move { end.with(work.await) }.in_current_span());
         operation
     }
 

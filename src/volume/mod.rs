@@ -8,8 +8,10 @@ mod blocking;
 mod build;
 mod condition;
 mod error;
+mod examine;
 mod exports;
 mod in_flight;
+mod observe;
 mod prepare;
 mod probe;
 mod publish;
@@ -28,10 +30,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use error::{Error, Kind, Result};
+pub use examine::{ask_server, try_overlay};
+pub use observe::Observation;
 pub use stats::{Stats, Usage};
 
 use crate::kernel::namespace::PrivateNamespace;
 use crate::kernel::support;
+use crate::metrics;
 use crate::spec::Mount;
 use condition::Conditions;
 use in_flight::{InFlight, Lease, Other};
@@ -171,7 +176,11 @@ pub async fn missing() -> Result<Vec<String>> {
 
 /// Drops what is held where waiting for the kernel is allowed, and waits a little for it to be gone.
 async fn release<T: Send + 'static>(held: T) {
-    let gone = blocking::run("release what nobody uses any more", move || drop(held));
+    let gone = blocking::release("release what nobody uses any more", move || {
+        let step = metrics::Step::start("release");
+        drop(held);
+        step.end(None);
+    });
     // Late is not lost: the thread goes on.
     let _ = tokio::time::timeout(RELEASE_PATIENCE, gone).await;
 }

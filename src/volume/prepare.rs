@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use super::Config;
-use super::blocking::{self, Aside, Places};
+use super::blocking::{self, Aside, Places, measured};
 use super::build;
 use super::error::Result;
 use super::exports::{Exports, NfsMount};
@@ -177,15 +177,17 @@ impl Preparer {
         let name = format!("{} ({fs_type}) of {}", loopback.path, describe(&loopback.base));
         let path = loopback.path.clone();
         let image = self.below(&base, format!("open image {name}"), move |base, symlinks| {
-            let image = Image::open(base, &path, symlinks)?;
-            image.check(&path, fs_type.as_str())?;
-            Ok(Aside::new(image))
+            measured("image", || {
+                let image = Image::open(base, &path, symlinks)?;
+                image.check(&path, fs_type.as_str())?;
+                Ok(Aside::new(image))
+            })
         });
         let image = image.await.map_err(|error| error.about(&format!("image {name}")))?;
         let tag = self.tag.clone();
         let (identity, content) = (image.identity, image.content);
         let device = self.devices.get(&identity, async {
-            let attach = move || LoopDevice::of(&image, &tag).map(Aside::new);
+            let attach = move || measured("loop", || LoopDevice::of(&image, &tag)).map(Aside::new);
             Ok(blocking::run(format!("attach image {name}"), attach).await??)
         });
         Ok(BlockDevice::Loop { device: device.await?, content, base })

@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use super::blocking::waiting_for;
 use crate::kernel::nfs::{self, Export};
 use crate::kernel::{Error, Result};
+use crate::metrics;
 
 /// How long a server may take to answer before it counts as dead.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -30,11 +31,16 @@ pub async fn ask(export: &Export, server: SocketAddr) -> Result<()> {
     }
     let action = format!("ask NFS server {server} for {export}");
     waiting_for(&action);
+    let step = metrics::Step::start("probe");
     let errno = match tokio::time::timeout(PATIENCE, call(export, server)).await {
-        Ok(Ok(())) => return Ok(()),
+        Ok(Ok(())) => {
+            step.end(None);
+            return Ok(());
+        }
         Ok(Err(error)) => Errno::from_io_error(&error).unwrap_or(Errno::PROTO),
         Err(_) => Errno::TIMEDOUT,
     };
+    step.end(Some(metrics::errno_name(errno.raw_os_error())));
     Err(nfs::explain(Error::new(action, errno)))
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::blocking::measured;
 use super::build::{UpperLayer, build};
 use super::error::{Error, Kind, Result};
 use super::in_flight::{Lease, Other};
@@ -78,7 +79,7 @@ impl Volumes {
             let attach = || {
                 let mount = mount?;
                 make_target(&publication.target)?;
-                mount.attach(open_directory(&publication.target)?)?;
+                measured("attach", || mount.attach(open_directory(&publication.target)?))?;
                 Ok(lock(&self.published).insert(publication.target.clone(), Arc::clone(held)))
             };
             attach().inspect_err(|_| {
@@ -207,7 +208,8 @@ fn now() -> u128 {
 /// is not waited for.
 async fn unmount(target: &Path) -> Result<()> {
     let path = target.to_owned();
-    let unmounted = blocking::run(format!("unmount {}", target.display()), move || unmount_all(&path));
+    let unmount = move || measured("unmount", || unmount_all(&path));
+    let unmounted = blocking::release(format!("unmount {}", target.display()), unmount);
     tokio::pin!(unmounted);
     if let Ok(done) = tokio::time::timeout(RELEASE_PATIENCE, &mut unmounted).await {
         done??;

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use hickory_resolver::net::NetError;
 
 use super::blocking::waiting_for;
 use super::error::{Error, Kind, Result};
+use crate::metrics;
 
 /// How long a name server may take; its own retries are inside of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -20,19 +22,25 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
         return Ok(vec![address]);
     }
     waiting_for(format!("resolve {host}"));
-    let unavailable = |why: String| {
-        let hint = "is the name right, and do this node's name servers (/etc/resolv.conf) know it?";
-        Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}"))
+    let step = metrics::Step::start("resolve");
+    let (code, why) = match tokio::time::timeout(PATIENCE, look_up(host)).await {
+        Ok(Ok(addresses)) => {
+            step.end(None);
+            return Ok(addresses);
+        }
+        Ok(Err(error)) => ("EAI_NONAME", error.to_string()),
+        Err(_) => ("EAI_AGAIN", format!("no answer in {} s", PATIENCE.as_secs())),
     };
+    step.end(Some(code.into()));
+    let hint = "is the name right, and do this node's name servers (/etc/resolv.conf) know it?";
+    Err(Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}")))
+}
+
+async fn look_up(host: &str) -> std::result::Result<Vec<IpAddr>, NetError> {
     let builder = TokioResolver::builder_tokio().unwrap_or_else(|error| {
         tracing::debug!(%error, "/etc/resolv.conf names no name server: the node's own is asked, see resolv.conf(5)");
         let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
         TokioResolver::builder_with_config(ResolverConfig::from_parts(None, Vec::new(), vec![own]), Default::default())
     });
-    let resolver = builder.build().map_err(|error| unavailable(error.to_string()))?;
-    let answer = tokio::time::timeout(PATIENCE, resolver.lookup_ip(host))
-        .await
-        .map_err(|_| unavailable(format!("no answer in {} s", PATIENCE.as_secs())))?
-        .map_err(|error| unavailable(error.to_string()))?;
-    Ok(answer.iter().collect())
+    Ok(builder.build()?.lookup_ip(host).await?.iter().collect())
 }

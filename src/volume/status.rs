@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::blocking::{RELEASING, WAITING};
 use super::error::Result;
 use super::record::{self, Record};
-use crate::kernel::loop_device::{self, Tag};
+use crate::kernel::loop_device::{self, Attached, Tag};
 use crate::kernel::mountinfo::{self, MountInfo};
+use crate::kernel::thread;
 use crate::spec::{Base, Device, Mount};
 
 /// What the driver has on this node.
@@ -18,6 +20,29 @@ use crate::spec::{Base, Device, Mount};
 pub struct Status {
     pub volumes: Vec<PublishedVolume>,
     pub loop_devices: Vec<Loop>,
+    /// The threads of drivers on this node that are in the kernel now. One that stays waits for a server that does not answer.
+    pub threads: Vec<Thread>,
+}
+
+/// One thread of a driver.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Thread {
+    pub process: u32,
+    pub id: u32,
+    pub purpose: Purpose,
+    /// `D` waits and cannot be interrupted; see proc_pid_stat(5).
+    pub state: char,
+    pub seconds: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Purpose {
+    /// A step of a call.
+    Work,
+    /// Letting go of what a teardown left.
+    Release,
 }
 
 /// One published path.
@@ -42,30 +67,52 @@ pub struct Loop {
     /// The image's path, relative to the root of its mount.
     pub image: Option<String>,
     pub size: u64,
+    /// How much was read from it since it was attached.
+    pub read_bytes: u64,
     /// How many published paths stand on it.
     pub published: usize,
 }
 
-/// Reads the driver's records, the mount table and the loop devices. Asks no server.
+/// Reads the driver's records, the mount table, the loop devices and the threads. Asks no server.
 pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
+    let volumes = volumes(data_dir)?;
+    let loop_devices = loop_devices(driver_name, &volumes)?;
+    Ok(Status { volumes, loop_devices, threads: threads() })
+}
+
+fn threads() -> Vec<Thread> {
+    let describe = |thread: thread::Thread| Thread {
+        process: thread.process,
+        id: thread.id,
+        purpose: if thread.name == RELEASING { Purpose::Release } else { Purpose::Work },
+        state: thread.state,
+        seconds: thread.age.as_secs(),
+    };
+    thread::list(&[WAITING, RELEASING]).into_iter().map(describe).collect()
+}
+
+/// The published paths, by name.
+pub fn volumes(data_dir: &Path) -> Result<Vec<PublishedVolume>> {
     let mounts = mountinfo::read()?;
     let mounts: BTreeMap<&str, &MountInfo> = mounts.iter().map(|mount| (mount.mount_point.as_str(), mount)).collect();
     let mut records = record::all(data_dir)?;
     records.sort_by(|a, b| a.publication.target.cmp(&b.publication.target));
-    let volumes: Vec<_> = records.iter().map(|record| volume(record, &mounts)).collect();
-    let loop_devices = loop_device::list(&Tag::new(driver_name))?
-        .into_iter()
-        .map(|attached| {
-            let number = attached.device.number();
-            Loop {
-                number,
-                image: loop_device::backing_file(number).map(|path| without_mount_point(&path).to_owned()),
-                size: attached.identity.size,
-                published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
-            }
-        })
-        .collect();
-    Ok(Status { volumes, loop_devices })
+    Ok(records.iter().map(|record| volume(record, &mounts)).collect())
+}
+
+/// The loop devices of the driver of this name, and which of `volumes` stand on each.
+pub fn loop_devices(driver_name: &str, volumes: &[PublishedVolume]) -> Result<Vec<Loop>> {
+    let describe = |attached: Attached| {
+        let number = attached.device.number();
+        Loop {
+            number,
+            image: loop_device::backing_file(number).map(|path| without_mount_point(&path).to_owned()),
+            size: attached.identity.size,
+            read_bytes: loop_device::read_bytes(number),
+            published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
+        }
+    };
+    Ok(loop_device::list(&Tag::new(driver_name))?.into_iter().map(describe).collect())
 }
 
 /// The kernel shows a file's path with the mount point in the driver's namespace, while that lives: `/nfs-0/image.sqsh`.
@@ -126,7 +173,7 @@ fn list_below(what: String, base: &Base, sources: &mut Vec<String>) {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.volumes.is_empty() && self.loop_devices.is_empty() {
-            return writeln!(f, "no volumes, no loop devices");
+            writeln!(f, "no volumes, no loop devices")?;
         }
         for volume in &self.volumes {
             writeln!(f, "volume {}", volume.volume_id)?;
@@ -140,9 +187,16 @@ impl fmt::Display for Status {
             }
         }
         for device in &self.loop_devices {
-            let Loop { number, image, size, published } = device;
+            let Loop { number, image, size, read_bytes, published } = device;
             let image = image.as_deref().unwrap_or("?");
-            writeln!(f, "/dev/loop{number}: image {image}, {size} bytes, {published} published")?;
+            writeln!(f, "/dev/loop{number}: image {image}, {size} bytes, {read_bytes} read, {published} published")?;
+        }
+        for Thread { process, id, purpose, state, seconds } in &self.threads {
+            let what = match purpose {
+                Purpose::Work => "waits for the kernel",
+                Purpose::Release => "lets go of what a teardown left",
+            };
+            writeln!(f, "thread {id} of process {process} {what}, for {seconds} s (state {state})")?;
         }
         Ok(())
     }
@@ -159,6 +213,7 @@ mod tests {
             device,
             mount_point: "/t".into(),
             options: "rw".into(),
+            shared: true,
             fs_type: "overlay".into(),
             source: "squashfs.csi.dev".into(),
             super_options: super_options.into(),

@@ -1,0 +1,239 @@
+//! What the kubelet and an operator see of the driver: registration, health, metrics, `status` and `doctor`.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use csi_driver_squashfs::csi::v1::NodeGetInfoRequest;
+use csi_driver_squashfs::csi::v1::node_client::NodeClient;
+use csi_driver_squashfs::kubernetes::registration::v1::registration_client::RegistrationClient;
+use csi_driver_squashfs::kubernetes::registration::v1::{InfoRequest, RegistrationStatus};
+use serde_json::json;
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+
+use super::harness::image::Tree;
+use super::harness::{Driver, Volume, binary, run, wait_for};
+use super::outage::{Link, StuckServer, in_time, start_with};
+use super::{seed, server};
+
+const HTTP: &str = "127.0.0.1:29661";
+
+/// The status and the body of a GET.
+fn get(path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(HTTP).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// The value of one metric; 0 where it is not there.
+fn metric(name: &str) -> f64 {
+    let (status, text) = get("/metrics");
+    assert_eq!(status, 200, "{text}");
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.map_or(0.0, |value| value.parse().unwrap())
+}
+
+/// The part of the kubelet that finds a plugin's socket, asks whose it is, and tells the outcome.
+struct Kubelet {
+    registry: PathBuf,
+}
+
+impl Kubelet {
+    fn connect(&self, driver: &Driver, socket: &Path) -> Channel {
+        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display())).unwrap();
+        driver.block_on(async { endpoint.connect_lazy() })
+    }
+
+    fn socket(&self, driver: &Driver) -> PathBuf {
+        self.registry.join(format!("{}-reg.sock", driver.name))
+    }
+
+    /// What the kubelet does with a new socket (pkg/kubelet/pluginmanager/operationexecutor), to the name of the node.
+    fn register(&self, driver: &Driver, error: &str) -> String {
+        let socket = self.socket(driver);
+        wait_for("the registration socket", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        let mut registration = RegistrationClient::new(self.connect(driver, &socket));
+        let info = driver.block_on(registration.get_info(InfoRequest {})).unwrap().into_inner();
+        assert_eq!((info.r#type.as_str(), info.name.as_str()), ("CSIPlugin", driver.name.as_str()));
+        assert_eq!(info.supported_versions, ["1.0.0"]);
+        let mut node = NodeClient::new(self.connect(driver, Path::new(&info.endpoint)));
+        let node_id = driver.block_on(node.node_get_info(NodeGetInfoRequest {})).unwrap().into_inner().node_id;
+        let status = RegistrationStatus { plugin_registered: error.is_empty(), error: error.into() };
+        driver.block_on(registration.notify_registration_status(status)).unwrap();
+        node_id
+    }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn the_kubelet_registers_the_driver_and_registers_it_again() {
+    let kubelet = Kubelet { registry: "/var/lib/kubelet/plugins_registry".into() };
+    fs::create_dir_all(&kubelet.registry).unwrap();
+    let registry = format!("--plugin-registry={}", kubelet.registry.display());
+    let mut driver = start_with(&[&registry, &format!("--http-address={HTTP}")], None);
+
+    assert_eq!(get("/healthz").0, 200);
+    assert_eq!(get("/readyz"), (503, "the kubelet has not registered the driver yet\n".into()));
+    assert_eq!(kubelet.register(&driver, ""), "node-1");
+    assert_eq!(get("/readyz"), (200, "ok\n".into()));
+    assert_eq!(metric("squashfs_csi_registered"), 1.0);
+
+    // Somebody empties the directory: the kubelet finds a new socket there.
+    fs::remove_file(kubelet.socket(&driver)).unwrap();
+    kubelet.register(&driver, "");
+
+    kubelet.register(&driver, "no such version");
+    assert_eq!(get("/readyz"), (503, "the kubelet refused the driver: no such version\n".into()));
+    assert_eq!(metric("squashfs_csi_registered"), 0.0);
+
+    // What a killed process left is in nobody's way.
+    driver.kill();
+    assert!(kubelet.socket(&driver).exists());
+    driver.launch();
+    kubelet.register(&driver, "");
+
+    // Uninstalled in good order, the driver is forgotten by the kubelet.
+    driver.terminate();
+    assert!(!kubelet.socket(&driver).exists());
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn the_metrics_say_what_the_node_has_and_what_it_did() {
+    Tree::new(&[("file", "metrics")]).squashfs("/images/metrics.sqsh");
+    let driver = start_with(&[&format!("--http-address={HTTP}")], None);
+    let volume = Volume::spec("v", &seed("/metrics.sqsh")).writable();
+    let other = Volume::spec("absent", &seed("/absent.sqsh"));
+    let target = driver.mount(&volume, "one").unwrap();
+    driver.publish(&volume, "two").unwrap();
+    fs::read(target.join("file")).unwrap();
+    driver.stage(&other).unwrap_err();
+
+    for (name, value) in [
+        ("build_info{version=\"0.1.0\"}", 1.0),
+        ("staged_volumes", 1.0),
+        ("published_volumes", 2.0),
+        ("loop_devices", 1.0),
+        ("images", 1.0),
+        ("call_duration_seconds_count{method=\"NodePublishVolume\",code=\"OK\"}", 2.0),
+        ("call_duration_seconds_count{method=\"NodeStageVolume\",code=\"NotFound\"}", 1.0),
+        ("step_errors_total{step=\"image\",errno=\"ENOENT\"}", 1.0),
+        ("step_duration_seconds_count{step=\"probe\"}", 2.0),
+        ("step_duration_seconds_count{step=\"nfs\"}", 1.0),
+        ("step_duration_seconds_count{step=\"image\"}", 1.0),
+        ("step_duration_seconds_count{step=\"loop\"}", 1.0),
+        ("step_duration_seconds_count{step=\"squashfs\"}", 2.0),
+        ("step_duration_seconds_count{step=\"overlay\"}", 2.0),
+        ("step_duration_seconds_count{step=\"attach\"}", 2.0),
+        ("unfinished_releases", 0.0),
+    ] {
+        assert_eq!(metric(&format!("squashfs_csi_{name}")), value, "{name} in\n{}", get("/metrics").1);
+    }
+    let export = format!("{{server=\"{}\",export=\"/images\"}}", server());
+    assert!(metric(&format!("squashfs_csi_nfs_rpcs_total{export}")) >= 5.0, "{}", get("/metrics").1);
+    assert!(metric(&format!("squashfs_csi_nfs_round_trip_seconds_total{export}")) > 0.0);
+    let device = &driver.loop_devices()[0];
+    let read = format!("squashfs_csi_image_read_bytes_total{{image=\"/metrics.sqsh\",device=\"{device}\"}}");
+    assert!(metric(&read) >= 4096.0, "{}", get("/metrics").1);
+
+    // A process that is new counts from nothing, and sees what is there.
+    driver.unpublish(&volume, "two").unwrap();
+    driver.unmount(&volume, "one");
+    assert_eq!(metric("squashfs_csi_step_duration_seconds_count{step=\"unmount\"}"), 2.0);
+    assert_eq!(metric("squashfs_csi_loop_devices"), 0.0);
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn threads_that_a_stuck_server_holds_are_bounded_and_seen() {
+    let server = StuckServer::start();
+    let mut driver = start_with(&["--timeout=5", &format!("--http-address={HTTP}")], None);
+    assert_eq!(driver.status()["threads"], json!([]));
+    let calls: Vec<_> = (0..24)
+        .map(|number| {
+            let volume = Volume::spec(&format!("v{number}"), &server.export(&format!("/{number}")));
+            let (mut node, request) = (driver.node(), driver.stage_request(&volume));
+            driver.spawn(async move { node.node_stage_volume(request).await })
+        })
+        .collect();
+    for call in calls {
+        let error = driver.block_on(call).unwrap().unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+    }
+    assert_eq!(metric("squashfs_csi_waiting_threads{server=\"127.0.0.1\"}"), 16.0, "{}", get("/metrics").1);
+    let threads = driver.status()["threads"].as_array().unwrap().clone();
+    assert_eq!(threads.len(), 16, "{threads:?}");
+    assert!(threads.iter().all(|thread| thread["purpose"] == "work"), "{threads:?}");
+    assert_eq!(get("/healthz").0, 200);
+    // Only the end of its process lets go of a mount that the kernel will not give up.
+    driver.kill();
+    drop(server);
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_link_cut_in_the_middle_of_any_call_delays_it_and_nothing_else() {
+    Tree::new(&[("file", "middle")]).squashfs("/images/middle.sqsh");
+    let driver = start_with(&["--timeout=8", &format!("--http-address={HTTP}")], None);
+    let volume = Volume::spec("v", &seed("/middle.sqsh")).writable();
+    let inline = Volume::spec("inline", &seed("/middle.sqsh")).inline();
+    // Every round trip takes 0.2 s, so that the cut meets another step each time.
+    for after in [100, 500, 900, 1300, 1700, 2100, 2500] {
+        run("nfs-server", &["delay", "100"]);
+        let stage = {
+            let (mut node, request) = (driver.node(), driver.stage_request(&volume));
+            driver.spawn(async move { node.node_stage_volume(request).await.map(drop) })
+        };
+        let publish = {
+            let (mut node, request) = (driver.node(), driver.publish_request(&inline, &driver.target("inline")));
+            driver.spawn(async move { node.node_publish_volume(request).await.map(drop) })
+        };
+        std::thread::sleep(Duration::from_millis(after));
+        let link = Link::cut();
+        for call in [stage, publish] {
+            let answer = driver.block_on(call).unwrap();
+            if let Err(error) = answer {
+                let late = [Code::DeadlineExceeded, Code::Unavailable, Code::Aborted];
+                assert!(late.contains(&error.code()), "cut after {after} ms: {error}");
+            }
+        }
+        assert_eq!(get("/healthz").0, 200);
+        // The teardown of what may still be under way waits for nobody.
+        in_time("unpublish", || driver.unpublish(&inline, "inline")).unwrap();
+        link.restore();
+        driver.mount(&volume, "pod").unwrap();
+        driver.unmount(&volume, "pod");
+        wait_for("the threads to come back", || driver.status()["threads"] == json!([]));
+        driver.assert_nothing_left();
+    }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn the_doctor_finds_a_well_node_well_and_says_what_is_wrong_with_another() {
+    let doctor = |arguments: &[&str]| {
+        let output = Command::new(binary()).arg("doctor").args(arguments).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (well, text) = doctor(&[&server(), "nowhere.test"]);
+    assert!(well, "{text}");
+    assert!(!text.contains("FAIL"), "{text}");
+    assert!(text.contains(&format!("ok   server {}: answers NFS 4 at", server())), "{text}");
+    assert!(text.contains("warn server nowhere.test: resolve nowhere.test"), "{text}");
+    run("mount", &["-t", "tmpfs", "private", "/mnt"]);
+    run("mount", &["--make-private", "/mnt"]);
+    let (well, text) = doctor(&["--kubelet-dir=/mnt"]);
+    run("umount", &["/mnt"]);
+    assert!(!well);
+    assert!(text.contains("FAIL kubelet directory: /mnt is below the mount /mnt, which is not shared"), "{text}");
+}

@@ -1,0 +1,156 @@
+//! The command line: its subcommands, flags and environment variables.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use csi_driver_squashfs::csi::Endpoint;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Read-only images from an NFS server as directories in pods: a CSI driver, and the same by hand.
+#[derive(Parser)]
+#[command(version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub global: Global,
+}
+
+#[derive(Args)]
+pub struct Global {
+    /// The CSI driver's name; the data directory and the driver's marks on loop devices and mounts follow from it
+    #[arg(long, global = true, env = "DRIVER_NAME", default_value = "squashfs.csi.dev", value_parser = driver_name)]
+    pub driver_name: String,
+    /// Where scratch layers and records live [default: /var/lib/kubelet/plugins/DRIVER_NAME]
+    #[arg(long, global = true, env = "DATA_DIR", value_name = "DIRECTORY")]
+    pub data_dir: Option<PathBuf>,
+    /// Where the node's root directory is seen, for specs with base "root"
+    #[arg(long, global = true, env = "HOST_ROOT", value_name = "DIRECTORY", default_value = "/")]
+    pub host_root: PathBuf,
+    /// What users may mount (YAML) [default: any NFS server, nothing from the node]
+    #[arg(long, global = true, env = "POLICY", value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// How many seconds a call may take before it is answered; its work goes on
+    #[arg(long, global = true, env = "TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
+    pub timeout: u64,
+    /// What to log: error, warn, info, debug, trace
+    #[arg(long, global = true, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    pub log_level: LevelFilter,
+    #[arg(long, global = true, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+impl Global {
+    pub fn data_dir(&self) -> PathBuf {
+        let default = || Path::new("/var/lib/kubelet/plugins").join(&self.driver_name);
+        self.data_dir.clone().unwrap_or_else(default)
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve the CSI node service, on every node
+    // A chart's further arguments may replace its own.
+    #[command(args_override_self = true)]
+    Node(NodeArguments),
+    /// Serve the CSI controller service, once in a cluster
+    #[command(args_override_self = true)]
+    Controller {
+        #[command(flatten)]
+        serve: Serve,
+    },
+    /// Mount a spec by hand
+    Mount {
+        /// A file with the JSON mount spec, or - for standard input
+        spec: PathBuf,
+        /// The directory to mount at; it is made if it is not there
+        target: PathBuf,
+        /// Without the writable layer
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Unmount what `mount` mounted
+    Unmount {
+        /// The directory that was mounted at; it is removed
+        target: PathBuf,
+    },
+    /// Print the steps that mounting a spec would take
+    Plan {
+        /// A file with the JSON mount spec, or - for standard input
+        spec: PathBuf,
+    },
+    /// Look whether this node can do what the driver needs, and say what to do where it cannot
+    Doctor {
+        /// NFS servers to ask, besides those that the policy names
+        servers: Vec<String>,
+        /// Where the kubelet keeps its pods
+        #[arg(long, env = "KUBELET_DIR", value_name = "DIRECTORY", default_value = "/var/lib/kubelet")]
+        kubelet_dir: PathBuf,
+    },
+    /// Print the Kubernetes objects that do what a container of the Kraken ImageAPI does
+    Convert {
+        /// A file with the JSON of the container, or - for standard input
+        container: PathBuf,
+        /// The namespace of the pod and its claim
+        #[arg(long, default_value = "default")]
+        namespace: String,
+        /// The container image that starts the command by chroot(1)
+        #[arg(long, default_value = "debian:13")]
+        container_image: String,
+    },
+    /// Print the volumes of this node, down to loop device, image and export
+    Status {
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+}
+
+#[derive(Args)]
+pub struct NodeArguments {
+    #[command(flatten)]
+    pub serve: Serve,
+    /// This node's name in the cluster
+    #[arg(long, env = "NODE_ID", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub node_id: String,
+    /// Serve the controller service too
+    #[arg(long, env = "CONTROLLER")]
+    pub controller: bool,
+    /// The kubelet's directory of plugin sockets, by one of which the driver registers itself; the kubelet must know the
+    /// endpoint by the same path [default: something else registers it]
+    #[arg(long, env = "PLUGIN_REGISTRY", value_name = "DIRECTORY")]
+    pub plugin_registry: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Serve {
+    /// The Unix socket to serve
+    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
+    pub endpoint: Endpoint,
+    /// Where to serve /healthz, /readyz and /metrics, such as 0.0.0.0:29661 [default: nowhere]
+    #[arg(long, env = "HTTP_ADDRESS", value_name = "ADDRESS:PORT")]
+    pub http_address: Option<SocketAddr>,
+}
+
+/// The rules of the CSI spec for a plugin's name (GetPluginInfo): a domain name of at most 63 characters.
+fn driver_name(name: &str) -> Result<String, String> {
+    let end = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let inside = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
+    let bytes = name.as_bytes();
+    if bytes.len() <= 63 && end(bytes.first()) && end(bytes.last()) && bytes.iter().all(inside) {
+        return Ok(name.to_owned());
+    }
+    Err("a driver name is a domain name of at most 63 letters, digits, '-' and '.'".into())
+}

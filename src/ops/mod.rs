@@ -1,0 +1,7 @@
+//! What an operator looks at: health, readiness and metrics, on one HTTP port.
+
+pub mod doctor;
+mod http;
+mod scrape;
+
+pub use http::{Watched, serve};

@@ -1,0 +1,89 @@
+//! One scrape: what the process counted, and what the kernel has and counted at this moment.
+
+use std::collections::HashSet;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::Watched;
+use crate::kernel::mountstats::NfsCounters;
+use crate::kubernetes::registration::Registered;
+use crate::metrics::{self, Labels};
+use crate::volume::{Error, Kind, Observation, Result};
+
+/// The media type of the text format of OpenMetrics 1.0.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+type Seconds = Counter<f64, std::sync::atomic::AtomicU64>;
+
+/// All metrics as text.
+pub async fn scrape(watched: &Watched) -> Result<String> {
+    let mut registry = metrics::registry();
+    if let Some(registered) = &watched.registered {
+        let yes = *registered.borrow() == Registered::Yes;
+        register(&mut registry, "registered", "Whether the kubelet has registered the driver", i64::from(yes));
+    }
+    if let Some(volumes) = &watched.volumes {
+        let observation = volumes.observe().await?;
+        register_volumes(&mut registry, &observation);
+        register_nfs(&mut registry, &observation.nfs);
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry).map_err(|error| Error::new(Kind::Internal, format!("encode the metrics: {error}")))?;
+    Ok(text)
+}
+
+fn register_volumes(registry: &mut Registry, observation: &Observation) {
+    let Observation { staged, published, loop_devices, .. } = observation;
+    let mounted = published.iter().filter(|volume| volume.mounted.is_some()).count();
+    let images: HashSet<_> = loop_devices.iter().map(|device| (&device.image, device.size)).collect();
+    register(registry, "staged_volumes", "Volumes that are staged", count(*staged));
+    register(registry, "published_volumes", "Paths at which a volume is published and mounted", count(mounted));
+    register(registry, "loop_devices", "Loop devices of this driver", count(loop_devices.len()));
+    register(registry, "images", "Images that are attached", count(images.len()));
+    let read = Family::<Labels<2>, Counter>::default();
+    for device in loop_devices {
+        let image = device.image.clone().unwrap_or_default();
+        let labels = [("image", image), ("device", format!("loop{}", device.number))];
+        read.get_or_create(&labels).inc_by(device.read_bytes);
+    }
+    registry.register_with_unit(
+        "image_read",
+        "Bytes of an image that were read through its loop device",
+        Unit::Bytes,
+        read,
+    );
+}
+
+fn register_nfs(registry: &mut Registry, mounts: &[NfsCounters]) {
+    let (calls, retransmissions) = (Family::<Labels<2>, Counter>::default(), Family::<Labels<2>, Counter>::default());
+    let round_trip = Family::<Labels<2>, Seconds>::default();
+    for mount in mounts {
+        let (server, export) = mount.source.rsplit_once(":/").unwrap_or((&mount.source, ""));
+        let labels = [("server", server.to_owned()), ("export", format!("/{export}"))];
+        calls.get_or_create(&labels).inc_by(mount.calls);
+        retransmissions.get_or_create(&labels).inc_by(mount.retransmissions);
+        round_trip.get_or_create(&labels).inc_by(mount.round_trip.as_secs_f64());
+    }
+    registry.register("nfs_rpcs", "Calls to an export", calls);
+    registry.register(
+        "nfs_retransmissions",
+        "Calls to an export that were sent again for want of an answer",
+        retransmissions,
+    );
+    let help = "From sending a call to an export to its answer, of all calls together";
+    registry.register_with_unit("nfs_round_trip", help, Unit::Seconds, round_trip);
+}
+
+fn register(registry: &mut Registry, name: &str, help: &str, value: i64) {
+    let gauge = Gauge::<i64>::default();
+    gauge.set(value);
+    registry.register(name, help, gauge);
+}
+
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
