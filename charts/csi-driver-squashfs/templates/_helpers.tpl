@@ -1,0 +1,110 @@
+{{/* The start of all names: short enough for "-controller" and for what Kubernetes appends to the names of pods. */}}
+{{- define "squashfs.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What selects the pods of a component: (dict "root" $ "component" "node"). Not to be changed by an upgrade. */}}
+{{- define "squashfs.selectorLabels" -}}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* The labels of an object: (dict "root" $), with "component" for what belongs to one, and "extra" labels of the user. */}}
+{{- define "squashfs.labels" -}}
+{{- $selector := include "squashfs.selectorLabels" . | fromYaml -}}
+{{- $common := dict
+  "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
+  "app.kubernetes.io/version" .root.Chart.AppVersion
+  "app.kubernetes.io/part-of" "csi-driver-squashfs"
+  "app.kubernetes.io/managed-by" .root.Release.Service -}}
+{{- merge (dict) $selector (.extra | default dict) .root.Values.customLabels $common | toYaml -}}
+{{- end -}}
+
+{{/* An image, (dict "root" $ "image" .Values.image.driver), from the one registry if there is one. */}}
+{{- define "squashfs.image" -}}
+{{- $repository := .image.repository -}}
+{{- with .root.Values.image.registry -}}
+{{- $parts := splitList "/" $repository -}}
+{{- if and (gt (len $parts) 1) (regexMatch "[.:]|^localhost$" (first $parts)) -}}
+{{- $repository = rest $parts | join "/" -}}
+{{- end -}}
+{{- $repository = printf "%s/%s" (trimSuffix "/" .) $repository -}}
+{{- end -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $repository .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $repository (.image.tag | default .root.Chart.AppVersion) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "squashfs.serviceAccount.node" -}}
+{{- .Values.serviceAccount.node | default (ternary (printf "%s-node" (include "squashfs.fullname" .)) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{- define "squashfs.serviceAccount.controller" -}}
+{{- .Values.serviceAccount.controller | default (ternary (printf "%s-controller" (include "squashfs.fullname" .)) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{/* The directory of the driver's socket, records and scratch layers. */}}
+{{- define "squashfs.pluginDir" -}}
+{{- $directory := printf "%s/plugins/%s" (trimSuffix "/" .Values.kubeletDir) .Values.driver.name -}}
+{{- $longest := max (len (printf "%s/csi.sock" $directory)) (len (printf "%s/plugins_registry/%s-reg.sock" .Values.kubeletDir .Values.driver.name)) -}}
+{{- if gt $longest 107 -}}
+{{- fail (printf "kubeletDir and driver.name make a socket's path of %d bytes, and Linux takes 107 (unix(7)): choose a shorter driver.name" $longest) -}}
+{{- end -}}
+{{- $directory -}}
+{{- end -}}
+
+{{/* ADDRESS:PORT, with the brackets of IPv6: (dict "address" "::" "port" 1). */}}
+{{- define "squashfs.hostPort" -}}
+{{- ternary (printf "[%s]:%v" .address .port) (printf "%s:%v" .address .port) (contains ":" .address) -}}
+{{- end -}}
+
+{{/* The arguments that node and controller share. */}}
+{{- define "squashfs.commonArgs" -}}
+- --driver-name={{ .Values.driver.name }}
+- --timeout={{ .Values.driver.timeout }}
+- --log-level={{ .Values.logLevel }}
+- --log-format={{ .Values.logFormat }}
+{{- if .Values.policy }}
+- --policy=/etc/csi-driver-squashfs/policy.yaml
+{{- end }}
+{{- end -}}
+
+{{/* The policy is read once, at the start: another policy is another pod. */}}
+{{- define "squashfs.podAnnotations" -}}
+{{- $annotations := deepCopy (index .root.Values .component "podAnnotations") -}}
+{{- with .root.Values.policy -}}
+{{- $_ := set $annotations "checksum/policy" (toYaml . | sha256sum) -}}
+{{- end -}}
+{{- with $annotations -}}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
+{{/* Kubernetes refuses a privileged container that may not escalate its privileges. */}}
+{{- define "squashfs.securityContext" -}}
+{{- ternary (omit . "allowPrivilegeEscalation") . (.privileged | default false) | toYaml -}}
+{{- end -}}
+
+{{/* The job label that Prometheus gives to what a PodMonitor finds. */}}
+{{- define "squashfs.job" -}}
+{{- .Values.metrics.job | default (printf "%s/%s" .Release.Namespace (include "squashfs.fullname" .)) -}}
+{{- end -}}
+
+{{- define "squashfs.needsMetrics" -}}
+{{- if not .root.Values.metrics.enabled -}}
+{{- fail (printf "metrics.%s.enabled needs metrics.enabled" .value) -}}
+{{- end -}}
+{{- end -}}
