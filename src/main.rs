@@ -167,16 +167,17 @@ fn show_status(global: &Global, output: Output) -> Outcome {
 }
 
 fn volumes(global: Global) -> Result<Arc<Volumes>, Box<dyn std::error::Error>> {
-    Ok(Volumes::new(config(global))?)
+    Ok(Volumes::new(config(global)?)?)
 }
 
-fn config(global: Global) -> Config {
-    Config {
+fn config(global: Global) -> Result<Config, Box<dyn std::error::Error>> {
+    Ok(Config {
+        policy: policy(&global)?,
         data_dir: global.data_dir(),
         driver_name: global.driver_name,
         host_root: global.host_root,
         timeout: Duration::from_secs(global.timeout),
-    }
+    })
 }
 
 /// The volume ID of what was mounted without Kubernetes.

@@ -209,6 +209,49 @@ fn a_target_in_use_or_that_is_a_file_is_refused() {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn no_symlink_on_the_server_leads_out_of_what_the_policy_names() {
+    fs::create_dir_all("/images/allowed/team").unwrap();
+    fs::create_dir_all("/images/secret").unwrap();
+    Tree::new(&[("file", "allowed")]).squashfs("/images/allowed/team/a.sqsh");
+    Tree::new(&[("file", "secret")]).squashfs("/images/secret/a.sqsh");
+    symlink("../secret", "/images/allowed/escape").unwrap();
+    symlink("/images/secret", "/images/allowed/absolute").unwrap();
+    symlink("team", "/images/allowed/inside").unwrap();
+    let driver = Driver::with_policy(&format!("servers: [{{host: {}, exports: [/images/allowed]}}]", server()));
+    for version in ["3", "4.2"] {
+        let on = |path: &str| json!({"kind": "nfs", "nfs": {"host": server(), "path": path, "ro": true, "version": version}});
+        let mut cases = Vec::new();
+        for path in ["/images/allowed/escape", "/images/allowed/absolute", "/images/allowed/inside"] {
+            cases.push((
+                "an image behind a symlink",
+                spec(&attach("squashfs", "a.sqsh", &on(path))),
+                Code::PermissionDenied,
+                "symlink",
+            ));
+        }
+        refused(&driver, cases);
+        // Staging asks nothing of an export but that it can be mounted.
+        let plain = spec(&on("/images/allowed/escape"));
+        driver.stage(&plain).unwrap();
+        let error = driver.publish(&plain, "plain").unwrap_err();
+        assert_eq!(error.code(), Code::PermissionDenied, "{error}");
+        driver.unpublish(&plain, "plain").unwrap();
+        driver.unstage(&plain).unwrap();
+
+        let allowed = spec(&attach("squashfs", "a.sqsh", &on("/images/allowed/team")));
+        let target = driver.mount(&allowed, "pod").unwrap();
+        assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "allowed");
+        driver.unmount(&allowed, "pod");
+        let plain = spec(&on("/images/allowed/team"));
+        let target = driver.mount(&plain, "plain").unwrap();
+        assert!(target.join("a.sqsh").exists());
+        driver.unmount(&plain, "plain");
+        driver.assert_nothing_left();
+    }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn one_volume_id_has_one_spec() {
     for name in ["one", "two"] {
         Tree::new(&[("file", name)]).squashfs(format!("/images/id-{name}.sqsh"));

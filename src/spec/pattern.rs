@@ -13,8 +13,12 @@ pub(super) fn covers(pattern: &str, path: &str) -> bool {
 
 /// Whether `path` is what the pattern names: `torch-*.sqsh` names neither `torch-2/a.sqsh` nor `a/torch-2.sqsh`.
 pub(super) fn names_path(pattern: &str, path: &str) -> bool {
-    let components = |text: &str| text.split('/').filter(|component| !component.is_empty()).count();
     components(pattern) == components(path) && covers(pattern, path)
+}
+
+/// How many components a path or a pattern of one has.
+pub(super) fn components(path: &str) -> usize {
+    path.split('/').filter(|component| !component.is_empty()).count()
 }
 
 /// Whether the pattern names `host`, whatever the case and with or without a trailing dot. A pattern that is only `*`

@@ -7,7 +7,7 @@ use super::{
     Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs,
     error::{SpecError, quote, unknown},
     json, options,
-    pattern::{covers, matches, names_host},
+    pattern::{components, covers, matches, names_host},
     read::{self, Object, words},
     text,
 };
@@ -81,6 +81,21 @@ impl Policy {
     pub fn hosts(&self) -> impl Iterator<Item = &str> {
         let hosts = self.servers.iter().flatten().map(|server| server.host.as_str());
         hosts.filter(|host| !host.contains('*'))
+    }
+
+    /// Splits the path of an export that the policy allows into what the admin named and the rest, which a user named, and below which a
+    /// user may have made symlinks. The rest is empty where the policy limits no paths of this server.
+    pub fn split<'a>(&self, host: &str, path: &'a str) -> (&'a str, &'a str) {
+        let servers = self.servers.iter().flatten().filter(|server| names_host(&server.host, host));
+        let exports = servers.flat_map(|server| server.exports.iter().flatten());
+        let named = exports.filter(|export| covers(export, path)).map(|export| components(export)).max();
+        match named {
+            Some(named) => {
+                let end = path.match_indices('/').map(|(at, _)| at).nth(named).unwrap_or(path.len());
+                (if end == 0 { "/" } else { &path[..end] }, path[end..].trim_start_matches('/'))
+            }
+            None => (path, ""),
+        }
     }
 
     /// Refuses what the policy does not allow, as [`super::error::ErrorKind::Denied`].

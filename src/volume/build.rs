@@ -32,8 +32,8 @@ pub fn build(
     upper: Option<&UpperLayer>,
 ) -> kernel::Result<DetachedMount> {
     match prepared {
-        Prepared::Nfs { mount, read_only } => {
-            namespace.run(|| DetachedMount::bind(&***mount, false, attributes(*read_only)))?
+        Prepared::Nfs { mount, directory, read_only } => {
+            namespace.run(|| DetachedMount::bind(mount.open(directory)?, false, attributes(*read_only)))?
         }
         Prepared::FileSystem { device, fs_type, no_exec } => file_system(device, *fs_type, *no_exec),
         Prepared::Bind { base, path, recursive, read_only } => {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -14,7 +14,7 @@ use super::blocking::{Aside, Places, measured};
 use super::error::{Kind, Result};
 use super::shared::Shared;
 use super::{lock, probe, resolve};
-use crate::kernel::mount::{DetachedMount, open_directory, unmount_all};
+use crate::kernel::mount::{DetachedMount, Symlinks, open_directory, open_directory_beneath, unmount_all};
 use crate::kernel::namespace::PrivateNamespace;
 use crate::kernel::nfs::Export;
 use crate::kernel::{self};
@@ -29,13 +29,12 @@ pub struct NfsMount {
     directory: String,
 }
 
-impl AsFd for NfsMount {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.mount.as_fd()
-    }
-}
-
 impl NfsMount {
+    /// Opens a directory of the mount without following a symlink. Asks the server.
+    pub fn open(&self, directory: &str) -> kernel::Result<OwnedFd> {
+        open_directory_beneath(&self.mount, directory, Symlinks::Refused)
+    }
+
     /// The threads that may wait for this mount's server.
     pub fn places(&self) -> &Places {
         &self.places

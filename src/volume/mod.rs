@@ -38,6 +38,7 @@ use crate::kernel::namespace::PrivateNamespace;
 use crate::kernel::support;
 use crate::metrics;
 use crate::spec::Mount;
+use crate::spec::policy::Policy;
 use condition::Conditions;
 use in_flight::{InFlight, Lease, Other};
 use prepare::{Prepared, Preparer};
@@ -55,6 +56,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Where the node's root directory is seen, for `base: root`.
     pub host_root: PathBuf,
+    /// What every spec was checked by.
+    pub policy: Policy,
     /// How long a call may take before it is answered with `DEADLINE_EXCEEDED`; its work goes on.
     pub timeout: Duration,
 }

@@ -17,13 +17,16 @@ use crate::kernel::mount::{self, DetachedMount, Symlinks};
 use crate::kernel::namespace::PrivateNamespace;
 use crate::kernel::nfs::Export;
 use crate::kernel::{self};
+use crate::spec::policy::Policy;
 use crate::spec::{Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs};
 
 /// A spec whose servers were asked and whose images are attached: what is left to do needs this node alone.
 #[derive(Clone)]
 pub enum Prepared {
+    /// `directory` is relative to the mount; empty is its root.
     Nfs {
         mount: Arc<Aside<NfsMount>>,
+        directory: String,
         read_only: bool,
     },
     FileSystem {
@@ -64,7 +67,7 @@ pub enum PreparedBase {
 /// A base while paths are opened below it.
 enum OpenBase {
     HostRoot(Arc<OwnedFd>),
-    Nfs(Arc<Aside<NfsMount>>),
+    Directory(OwnedFd),
     Detached(DetachedMount),
 }
 
@@ -72,7 +75,7 @@ impl AsFd for OpenBase {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             OpenBase::HostRoot(root) => root.as_fd(),
-            OpenBase::Nfs(mount) => mount.as_fd(),
+            OpenBase::Directory(directory) => directory.as_fd(),
             OpenBase::Detached(mount) => mount.as_fd(),
         }
     }
@@ -83,7 +86,7 @@ impl OpenBase {
         Ok(match base {
             PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
             PreparedBase::Mount(mount) => match *mount {
-                Prepared::Nfs { mount, .. } => OpenBase::Nfs(mount),
+                Prepared::Nfs { mount, directory, .. } => OpenBase::Directory(mount.open(&directory)?),
                 other => OpenBase::Detached(build::build(&other, namespace, None)?),
             },
         })
@@ -93,7 +96,7 @@ impl OpenBase {
     fn symlinks(&self) -> Symlinks {
         match self {
             OpenBase::HostRoot(_) => Symlinks::Refused,
-            OpenBase::Nfs(_) | OpenBase::Detached(_) => Symlinks::Inside,
+            OpenBase::Directory(_) | OpenBase::Detached(_) => Symlinks::Inside,
         }
     }
 }
@@ -101,6 +104,7 @@ impl OpenBase {
 /// Makes what is not there yet and finds what is.
 pub struct Preparer {
     namespace: Arc<PrivateNamespace>,
+    policy: Policy,
     driver_name: Arc<str>,
     tag: Tag,
     host_root: Arc<OwnedFd>,
@@ -111,6 +115,7 @@ pub struct Preparer {
 impl Preparer {
     pub fn new(namespace: Arc<PrivateNamespace>, config: &Config) -> Result<Self> {
         Ok(Preparer {
+            policy: config.policy.clone(),
             driver_name: config.driver_name.as_str().into(),
             tag: Tag::new(&config.driver_name),
             host_root: Arc::new(mount::open_directory(&config.host_root)?),
@@ -124,9 +129,7 @@ impl Preparer {
     pub fn prepare<'a>(&'a self, spec: &'a Mount) -> Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>> {
         Box::pin(async move {
             Ok(match spec {
-                Mount::Nfs(nfs) => {
-                    Prepared::Nfs { mount: self.exports.get(&export(nfs)).await?, read_only: nfs.read_only }
-                }
+                Mount::Nfs(nfs) => self.nfs(nfs, nfs.read_only).await?,
                 Mount::Attach(Attach { fs_type, no_exec, device }) => Prepared::FileSystem {
                     device: match device {
                         Device::Loopback(loopback) => self.attach(loopback, *fs_type).await?,
@@ -152,6 +155,19 @@ impl Preparer {
         })
     }
 
+    /// The mount of what the policy names, and in it the directory that the spec does: whoever can write there could lead its path
+    /// elsewhere on the server by a symlink.
+    async fn nfs(&self, nfs: &Nfs, read_only: bool) -> Result<Prepared> {
+        let (export, directory) = self.export(nfs);
+        let mount = self.exports.get(&Export { read_only, ..export }).await?;
+        Ok(Prepared::Nfs { mount, directory, read_only })
+    }
+
+    fn export(&self, nfs: &Nfs) -> (Export, String) {
+        let (path, directory) = self.policy.split(&nfs.host, &nfs.path);
+        (Export { path: path.to_owned(), ..export(nfs) }, directory.to_owned())
+    }
+
     async fn base(&self, base: &Base) -> Result<PreparedBase> {
         Ok(match base {
             Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root)),
@@ -164,9 +180,7 @@ impl Preparer {
         if let Base::Mount(mount) = base
             && let Mount::Nfs(nfs) = &**mount
         {
-            let export = Export { read_only: true, ..export(nfs) };
-            let mount = self.exports.get(&export).await?;
-            return Ok(PreparedBase::Mount(Box::new(Prepared::Nfs { mount, read_only: true })));
+            return Ok(PreparedBase::Mount(Box::new(self.nfs(nfs, true).await?)));
         }
         self.base(base).await
     }
@@ -198,7 +212,7 @@ impl Preparer {
     pub fn ask<'a>(&'a self, mount: &'a Mount) -> Pin<Box<dyn Future<Output = Result<Option<Places>>> + Send + 'a>> {
         Box::pin(async move {
             match mount {
-                Mount::Nfs(nfs) => Ok(Some(self.exports.get(&export(nfs)).await?.places().clone())),
+                Mount::Nfs(nfs) => Ok(Some(self.exports.get(&self.export(nfs).0).await?.places().clone())),
                 Mount::Bind(Bind { base: Base::Mount(base), .. }) => self.ask(base).await,
                 Mount::Overlay(overlay) => {
                     let mut places = None;

@@ -65,6 +65,26 @@ fn file_systems_for_trusted_images_only_are_denied_by_default() {
 }
 
 #[test]
+fn an_export_is_what_the_admin_named_and_the_rest_is_below_it() {
+    let policy = Policy::parse(
+        "servers: [{host: a, exports: [/images, /images/team, /home/*/images]}, {host: b}, {host: c, exports: [/]}]",
+    )
+    .unwrap();
+    for (host, path, expected) in [
+        ("a", "/images", ("/images", "")),
+        ("a", "/images/x/y", ("/images", "x/y")),
+        ("a", "/images/team/x", ("/images/team", "x")),
+        ("a", "/home/me/images/x", ("/home/me/images", "x")),
+        ("b", "/images/x", ("/images/x", "")),
+        ("c", "/images/x", ("/", "images/x")),
+        ("c", "/", ("/", "")),
+    ] {
+        assert_eq!(policy.split(host, path), expected, "{host}:{path}");
+    }
+    assert_eq!(Policy::default().split("a", "/images/x"), ("/images/x", ""));
+}
+
+#[test]
 fn servers_and_exports_are_lists() {
     let policy = "servers: [{host: nfs.example.com, exports: [/images]}, {host: '10.0.0.*'}]";
     assert_allowed(policy, &nfs("NFS.example.com.", "/images/a", "hard"));
