@@ -72,8 +72,14 @@ fn present_servers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
 impl Policy {
     /// Reads a policy of at most 64 KiB. A file without any field is the default policy.
     pub fn parse(text: &str) -> Result<Policy, SpecError> {
-        let policy: Policy = read::yaml(PARAMETER, text)?;
+        let mut policy: Policy = read::yaml(PARAMETER, text)?;
         policy.validate()?;
+        for server in policy.servers.iter_mut().flatten() {
+            // In the form that a spec's host has: without brackets, and an IPv6 address in its one spelling.
+            if let Ok(host) = text::host(&server.host) {
+                server.host = host;
+            }
+        }
         Ok(policy)
     }
 

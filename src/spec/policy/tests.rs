@@ -86,6 +86,7 @@ fn an_export_is_what_the_admin_named_and_the_rest_is_below_it() {
 
 #[test]
 fn servers_and_exports_are_lists() {
+    assert_allowed("servers: [{host: '[FD00:0::1]'}]", &nfs("fd00::1", "/", "hard"));
     let policy = "servers: [{host: nfs.example.com, exports: [/images]}, {host: '10.0.0.*'}]";
     assert_allowed(policy, &nfs("NFS.example.com.", "/images/a", "hard"));
     assert_allowed(policy, &nfs("10.0.0.3", "/", "hard"));
