@@ -62,7 +62,7 @@ impl Step {
     /// Counts how long the step took, or how it failed: by the name of its errno, or of its `EAI_` code (getaddrinfo(3)).
     pub fn end(self, error: Option<String>) {
         let took = self.start.elapsed();
-        tracing::debug!(step = self.name, milliseconds = took.as_millis(), error, "step");
+        tracing::debug!(step = self.name, milliseconds = milliseconds(took), error, "step");
         match error {
             None => METRICS.steps.get_or_create(&[("step", self.name.into())]).observe(took.as_secs_f64()),
             Some(error) => {
@@ -70,6 +70,11 @@ impl Step {
             }
         }
     }
+}
+
+/// For the log: a number that JSON writes as one.
+pub fn milliseconds(took: Duration) -> u64 {
+    u64::try_from(took.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The name of an errno, such as `ECONNREFUSED`.

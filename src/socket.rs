@@ -22,6 +22,16 @@ pub async fn listen(path: &Path) -> io::Result<ReceiverStream<io::Result<UnixStr
     Ok(ReceiverStream::new(connections))
 }
 
+/// Removes the socket at the end, so that nobody finds one that nobody serves.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(io::Error::new(error.kind(), format!("remove {}: {error}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Ends with the receiver of the connections.
 async fn accept(mut listener: UnixListener, path: PathBuf, sender: mpsc::Sender<io::Result<UnixStream>>) {
     let mut watch = tokio::time::interval(WATCH);

@@ -49,7 +49,8 @@ pub async fn serve(
         .add_optional_service(node.map(NodeServer::new))
         .serve_with_incoming_shutdown(connections, stop)
         .await
-        .map_err(io::Error::other)
+        .map_err(io::Error::other)?;
+    socket::remove(&endpoint.0)
 }
 
 #[cfg(test)]

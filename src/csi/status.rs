@@ -18,7 +18,7 @@ pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Outp
     async move {
         let outcome = call.await;
         let took = start.elapsed();
-        let milliseconds = took.as_millis();
+        let milliseconds = metrics::milliseconds(took);
         let code = outcome.as_ref().err().map_or(Code::Ok, |error| code(error.kind));
         // As other exporters of gRPC metrics write it.
         let name = if code == Code::Ok { "OK".to_owned() } else { format!("{code:?}") };

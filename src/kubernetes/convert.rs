@@ -70,6 +70,7 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
     let spec: Value = serde_json::from_str(container.mount.get()).map_err(|error| invalid(error.to_string()))?;
 
     let mut notes = mount.warnings.clone();
+    notes.push(format!("command: it runs in a chroot at {MOUNT_PATH}, without /proc, /dev and the pod's resolv.conf"));
     if container.systemd {
         notes
             .push("systemd: the pod runs the command as any other; systemd itself needs a privileged container".into());
@@ -202,7 +203,7 @@ mod tests {
     fn the_container_of_the_image_api_becomes_a_volume_a_claim_and_a_pod() {
         let text = container(r#", "name": "image.sqsh", "state": "running", "systemd": true"#);
         let Converted { documents, notes } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
-        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert_eq!(notes.len(), 2, "{notes:?}");
         let [volume, claim, pod] = &documents.split("---\n").collect::<Vec<_>>()[..] else { panic!("{documents}") };
         let volume: PersistentVolume = serde_yaml_ng::from_str(volume).unwrap();
         let claim: PersistentVolumeClaim = serde_yaml_ng::from_str(claim).unwrap();

@@ -46,8 +46,7 @@ pub async fn serve(
         .await
         .map_err(io::Error::other)?;
     // The kubelet forgets a driver whose socket is gone.
-    std::fs::remove_file(&path)
-        .map_err(|error| io::Error::new(error.kind(), format!("remove {}: {error}", path.display())))
+    socket::remove(&path)
 }
 
 struct Service {

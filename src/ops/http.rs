@@ -29,6 +29,8 @@ pub struct Watched {
     pub volumes: Option<Arc<Volumes>>,
     /// `None` where something else registers the driver.
     pub registered: Option<watch::Receiver<Registered>>,
+    /// What kept the process from being ready when it was last asked.
+    pub problems: watch::Sender<String>,
 }
 
 /// Serves until `stop` is ready. Whoever can connect may read all of it: it names servers, exports and images, and holds no secret.
@@ -78,9 +80,17 @@ async fn readyz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
         Some(Registered::NotYet) => problems.push("the kubelet has not registered the driver yet".into()),
         Some(Registered::Refused(why)) => problems.push(format!("the kubelet refused the driver: {why}")),
     }
+    let problems = problems.join("\n");
+    // Kubernetes shows no more of an answer than its status.
+    let before = watched.problems.send_replace(problems.clone());
+    match (problems.is_empty(), before == problems) {
+        (false, false) => tracing::warn!("not ready: {problems}"),
+        (true, false) => tracing::info!("ready"),
+        _ => {}
+    }
     match problems.is_empty() {
         true => (StatusCode::OK, "ok\n".into()),
-        false => (StatusCode::SERVICE_UNAVAILABLE, problems.join("\n") + "\n"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, problems + "\n"),
     }
 }
 

@@ -89,6 +89,8 @@ pub struct Volumes {
     recording: Mutex<()>,
     trash: Trash,
     conditions: Conditions,
+    /// What was wrong with published paths when they were last asked about.
+    abnormal: Mutex<HashMap<PathBuf, String>>,
 }
 
 impl Volumes {
@@ -108,6 +110,7 @@ impl Volumes {
             recording: Mutex::default(),
             trash,
             conditions: Conditions::default(),
+            abnormal: Mutex::default(),
         }))
     }
 

@@ -10,6 +10,8 @@ use crate::kernel::mountstats::{self, NfsCounters};
 pub struct Observation {
     /// How many volumes are staged.
     pub staged: usize,
+    /// How many published paths were abnormal when the kubelet last asked about them.
+    pub abnormal: usize,
     pub published: Vec<PublishedVolume>,
     pub loop_devices: Vec<Loop>,
     pub nfs: Vec<NfsCounters>,
@@ -18,13 +20,13 @@ pub struct Observation {
 impl Volumes {
     /// Asks no server.
     pub async fn observe(&self) -> Result<Observation> {
-        let staged = lock(&self.staged).len();
+        let (staged, abnormal) = (lock(&self.staged).len(), lock(&self.abnormal).len());
         let (namespace, config) = (self.namespace.clone(), self.config.clone());
         let observe = move || {
             let published = status::volumes(&config.data_dir)?;
             let loop_devices = status::loop_devices(&config.driver_name, &published)?;
             let nfs = mountstats::read(&namespace)?;
-            Ok(Observation { staged, published, loop_devices, nfs })
+            Ok(Observation { staged, abnormal, published, loop_devices, nfs })
         };
         blocking::run("look at the volumes of this node", observe).await?
     }

@@ -165,6 +165,7 @@ impl Volumes {
         blocking::run(format!("look whose {} is", target.display()), look).await??;
         unmount(&target).await?;
         let held = lock(&self.published).remove(&target);
+        lock(&self.abnormal).remove(&target);
         let trash = self.trash.clone();
         let remove = move || {
             match std::fs::remove_dir(&target) {

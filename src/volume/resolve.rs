@@ -28,11 +28,13 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
             step.end(None);
             return Ok(addresses);
         }
-        Ok(Err(error)) => ("EAI_NONAME", error.to_string()),
+        Ok(Err(error)) if error.is_nx_domain() => ("EAI_NONAME", "no such name".to_owned()),
+        Ok(Err(error)) if error.is_no_records_found() => ("EAI_NONAME", "the name has no address".to_owned()),
+        Ok(Err(error)) => ("EAI_AGAIN", error.to_string()),
         Err(_) => ("EAI_AGAIN", format!("no answer in {} s", PATIENCE.as_secs())),
     };
     step.end(Some(code.into()));
-    let hint = "is the name right, and do this node's name servers (/etc/resolv.conf) know it?";
+    let hint = "is the name right, and do the driver's name servers (/etc/resolv.conf where it runs) know it?";
     Err(Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}")))
 }
 

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::error::{Error, Kind, Result};
 use super::record::{Directory, Record};
-use super::{Volumes, blocking};
+use super::{Volumes, blocking, lock};
 use crate::kernel;
 use crate::kernel::mount::is_mount;
 
@@ -42,6 +42,26 @@ impl Volumes {
     /// `NOT_FOUND` where this volume is not published at this path. Answered from the node's memory and disk, unless the
     /// spec shows plain NFS: then its server is asked first whether it is there.
     pub async fn stats(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Stats> {
+        let stats = self.look_at_volume(volume_id, path).await?;
+        self.remember_condition(volume_id, path, stats.abnormal.as_deref());
+        Ok(stats)
+    }
+
+    /// Few clusters show a volume's condition; the log and the metrics of the driver do.
+    fn remember_condition(&self, volume_id: &str, path: &Path, now: Option<&str>) {
+        let mut abnormal = lock(&self.abnormal);
+        let before = match now {
+            Some(now) => abnormal.insert(path.to_owned(), now.to_owned()),
+            None => abnormal.remove(path),
+        };
+        match now {
+            _ if before.as_deref() == now => {}
+            Some(now) => tracing::warn!(volume_id, target = %path.display(), "abnormal: {now}"),
+            None => tracing::info!(volume_id, target = %path.display(), "no longer abnormal"),
+        }
+    }
+
+    async fn look_at_volume(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Stats> {
         let directory = Directory::of(&self.config.data_dir, path);
         let read = {
             let directory = directory.clone();

@@ -72,12 +72,18 @@ app.kubernetes.io/component: {{ . }}
 
 {{/* The arguments that node and controller share. */}}
 {{- define "squashfs.commonArgs" -}}
-- --driver-name={{ .Values.driver.name }}
 - --timeout={{ .Values.driver.timeout }}
 - --log-level={{ .Values.logLevel }}
 - --log-format={{ .Values.logFormat }}
+{{- end -}}
+
+{{/* What `status` and `doctor`, run in the container, must know too. */}}
+{{- define "squashfs.commonEnv" -}}
+- name: DRIVER_NAME
+  value: {{ .Values.driver.name }}
 {{- if .Values.policy }}
-- --policy=/etc/csi-driver-squashfs/policy.yaml
+- name: POLICY
+  value: /etc/csi-driver-squashfs/policy.yaml
 {{- end }}
 {{- end -}}
 
