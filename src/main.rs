@@ -100,7 +100,12 @@ async fn controller(global: Global, arguments: Serve) -> Outcome {
     let controller = Controller::new(policy(&global)?, &global.driver_name);
     let identity = Identity { driver_name: global.driver_name, controller: true, node: false };
     let stop = stop()?;
-    let watched = Watched { csi_socket: arguments.endpoint.path().to_owned(), volumes: None, registered: None, problems: watch::Sender::default() };
+    let watched = Watched {
+        csi_socket: arguments.endpoint.path().to_owned(),
+        volumes: None,
+        registered: None,
+        problems: watch::Sender::default(),
+    };
     tokio::try_join!(
         csi::serve(&arguments.endpoint, identity, Some(controller), None, stopped(&stop)),
         watch_over(arguments.http_address, watched, stopped(&stop)),

@@ -53,7 +53,7 @@ impl Kubelet {
     }
 
     fn socket(&self, driver: &Driver) -> PathBuf {
-        self.registry.join(format!("{}-reg.sock", driver.name))
+        self.registry.join(format!("{}@reg.sock", driver.name))
     }
 
     /// What the kubelet does with a new socket (pkg/kubelet/pluginmanager/operationexecutor), to the name of the node.

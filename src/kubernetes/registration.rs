@@ -18,6 +18,10 @@ pub mod v1 {
     tonic::include_proto!("pluginregistration");
 }
 
+/// How the socket's name ends. The kubelet sends its path as the `:authority` of each request, with `%2F` for each slash (grpc-go's
+/// encodeAuthority), and h2 refuses a host with a `%`. What stands before an `@` is no host, and is let through.
+const SOCKET: &str = "@reg.sock";
+
 /// What the kubelet last said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Registered {
@@ -38,7 +42,7 @@ pub async fn serve(
     registered: watch::Sender<Registered>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let path = registry.join(format!("{driver_name}-reg.sock"));
+    let path = registry.join(format!("{driver_name}{SOCKET}"));
     let service = Service { driver_name: driver_name.to_owned(), csi_socket: csi_socket.to_owned(), registered };
     Server::builder()
         .add_service(RegistrationServer::new(service))

@@ -42,7 +42,8 @@ fn register_volumes(registry: &mut Registry, observation: &Observation) {
     let images: HashSet<_> = loop_devices.iter().map(|device| (&device.image, device.size)).collect();
     register(registry, "staged_volumes", "Volumes that are staged", count(*staged));
     register(registry, "published_volumes", "Paths at which a volume is published and mounted", count(mounted));
-    let help = "Published volumes whose image changed, or whose server did not answer, when the kubelet last asked about them";
+    let help =
+        "Published volumes whose image changed, or whose server did not answer, when the kubelet last asked about them";
     register(registry, "abnormal_volumes", help, count(*abnormal));
     register(registry, "loop_devices", "Loop devices of this driver", count(loop_devices.len()));
     register(registry, "images", "Images that are attached", count(images.len()));

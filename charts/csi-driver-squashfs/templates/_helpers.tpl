@@ -58,7 +58,7 @@ app.kubernetes.io/component: {{ . }}
 {{/* The directory of the driver's socket, records and scratch layers. */}}
 {{- define "squashfs.pluginDir" -}}
 {{- $directory := printf "%s/plugins/%s" (trimSuffix "/" .Values.kubeletDir) .Values.driver.name -}}
-{{- $longest := max (len (printf "%s/csi.sock" $directory)) (len (printf "%s/plugins_registry/%s-reg.sock" .Values.kubeletDir .Values.driver.name)) -}}
+{{- $longest := max (len (printf "%s/csi.sock" $directory)) (len (printf "%s/plugins_registry/%s@reg.sock" .Values.kubeletDir .Values.driver.name)) -}}
 {{- if gt $longest 107 -}}
 {{- fail (printf "kubeletDir and driver.name make a socket's path of %d bytes, and Linux takes 107 (unix(7)): choose a shorter driver.name" $longest) -}}
 {{- end -}}
