@@ -103,23 +103,26 @@ test-chart: tools $(CHART_PROGRAMS) target/tools/promtool target/tools/kubernete
 	e2e/chart --driver $(BUILT)/csi-driver-squashfs
 
 # A Kubernetes cluster to test with, as static programs; all in one build, as they share most of their packages.
-KUBERNETES = target/tools/kubernetes
-.PHONY: kubernetes
-kubernetes: $(KUBERNETES)/etcd ## build etcd and the parts of Kubernetes that tests run (needs Go; first time: many minutes and 4 GB)
-
+KUBERNETES = $(addprefix target/tools/kubernetes/,csi-provisioner etcd kube-apiserver kube-controller-manager kube-scheduler \
+	kubectl kubelet)
 # What depends on a version, such as the kubeVersion of a chart, believes what is linked in.
-$(KUBERNETES)/etcd: e2e/kubernetes/go.mod
+$(KUBERNETES) &: e2e/kubernetes/go.mod
 	version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' $<); numbers=$${version#v}; minor=$${numbers#*.}; \
 	cd $(<D) && CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -o $(CURDIR)/$(@D)/ -ldflags "-s -w \
 		-X k8s.io/component-base/version.gitVersion=$$version -X k8s.io/component-base/version.gitMajor=$${numbers%%.*} \
 		-X k8s.io/component-base/version.gitMinor=$${minor%%.*}" tool
-	mv $(@D)/server $@
+	mv $(@D)/server $(@D)/etcd
+	touch $(KUBERNETES)
+
+.PHONY: kubernetes
+kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests run (needs Go; first time: 10 minutes and 4 GB)
 
 .PHONY: test-kubernetes
-test-kubernetes: kubernetes build ## run the controller service against a real API server, and the node service in a real cluster (needs Go)
+test-kubernetes: kubernetes target/tools/helm build image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
-	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(wildcard $(KUBERNETES)/*)) --copy e2e/kubernetes --copy manifests -- \
-		/root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
+	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
+		--copy target/image/csi-driver-squashfs-$(ARCH).tar --copy charts --copy manifests/examples --copy e2e/kubernetes \
+		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
 .PHONY: soak
 soak: tools ## run the long tests at full length
