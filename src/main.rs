@@ -79,6 +79,7 @@ async fn node(global: Global, arguments: NodeArguments) -> Outcome {
         volumes: Some(volumes),
         registered: plugin_registry.is_some().then(|| registered.subscribe()),
         problems: watch::Sender::default(),
+        looking: Default::default(),
     };
     let register = async {
         match &plugin_registry {
@@ -105,6 +106,7 @@ async fn controller(global: Global, arguments: Serve) -> Outcome {
         volumes: None,
         registered: None,
         problems: watch::Sender::default(),
+        looking: Default::default(),
     };
     tokio::try_join!(
         csi::serve(&arguments.endpoint, identity, Some(controller), None, stopped(&stop)),

@@ -13,7 +13,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use tokio::net::{TcpListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use super::scrape;
 use crate::kubernetes::registration::Registered;
@@ -31,6 +31,8 @@ pub struct Watched {
     pub registered: Option<watch::Receiver<Registered>>,
     /// What kept the process from being ready when it was last asked.
     pub problems: watch::Sender<String>,
+    /// Held by the one request that looks at the node: many clients cost no more than one.
+    pub looking: Mutex<()>,
 }
 
 /// Serves until `stop` is ready. Whoever can connect may read all of it: it names servers, exports and images, and holds no secret.
@@ -68,6 +70,7 @@ async fn healthz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
 
 /// Ready when the kernel has what is needed and the kubelet knows the driver.
 async fn readyz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
+    let _looking = watched.looking.lock().await;
     let mut problems = Vec::new();
     if watched.volumes.is_some() {
         match volume::missing().await {
@@ -95,6 +98,7 @@ async fn readyz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
 }
 
 async fn metrics(State(watched): State<Arc<Watched>>) -> impl IntoResponse {
+    let _looking = watched.looking.lock().await;
     match scrape::scrape(&watched).await {
         Ok(text) => ([(CONTENT_TYPE, scrape::CONTENT_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),

@@ -66,6 +66,11 @@ impl Places {
         Places { server: server.into(), free: Arc::new(Semaphore::new(PLACES)) }
     }
 
+    /// Whether anybody else has these places: a mount of the server, or a thread at one of them.
+    pub fn are_used(&self) -> bool {
+        Arc::strong_count(&self.free) > 1
+    }
+
     /// [`run`], once there is a place; it is taken until `work` ends, whoever still waits for it.
     pub async fn run<T: Send + 'static>(
         &self,

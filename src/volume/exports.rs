@@ -129,8 +129,12 @@ impl Exports {
 
     async fn mount_from(&self, export: &Export, address: IpAddr) -> Result<Aside<NfsMount>> {
         let step = format!("mount {export} (nfs {}, {address})", export.version);
-        let new = || Places::new(&export.host);
-        let places = lock(&self.places).entry(export.host.clone()).or_insert_with(new).clone();
+        let places = {
+            let mut places = lock(&self.places);
+            // Of servers that nobody uses any more.
+            places.retain(|_, places| places.are_used());
+            places.entry(export.host.clone()).or_insert_with(|| Places::new(&export.host)).clone()
+        };
         let (export, namespace, mine) = (export.clone(), Arc::clone(&self.namespace), places.clone());
         let mount = move || measured("nfs", || NfsMount::attach(export, address, mine, namespace)).map(Aside::new);
         Ok(places.run(step, mount).await??)
