@@ -51,7 +51,7 @@ demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
 
 .PHONY: test
-test: test-unit test-host test-vm test-sanity test-chart test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
+test: test-unit test-host test-vm test-sanity test-chart test-prometheus test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
 
 .PHONY: test-unit
 test-unit: ## run the tests of pure logic; no root needed
@@ -85,11 +85,13 @@ target/tools/yq: program = github.com/mikefarah/yq/v4@v4.53.6
 $(CHART_PROGRAMS):
 	CGO_ENABLED=0 GOBIN=$(CURDIR)/target/tools go install $(program)
 
-# Debian's package would start a server: only the one program is taken from it.
-target/tools/promtool:
+# Debian's package would start a server: only the programs are taken from it.
+PROMETHEUS = target/tools/prometheus target/tools/promtool
+$(PROMETHEUS) &:
 	$(SUDO) apt-get -q update
 	mkdir -p $(@D) && cd $(@D) && apt-get -q download prometheus && \
-		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/promtool && rm prometheus_*.deb
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/prometheus ./usr/bin/promtool && \
+		rm prometheus_*.deb
 
 target/tools/kubernetes-schemas/complete: charts/tools/schemas | tools
 	$< $(@D)
@@ -99,8 +101,12 @@ chart: $(CHART_PROGRAMS) ## write what follows from the Helm chart anew: its REA
 	PATH=$(CURDIR)/target/tools:$$PATH charts/tools/generate charts/csi-driver-squashfs/README.md manifests/csi-driver-squashfs.yaml
 
 .PHONY: test-chart
-test-chart: tools $(CHART_PROGRAMS) target/tools/promtool target/tools/kubernetes-schemas/complete build ## check the Helm chart and the manifests (needs Go; first time: ten minutes)
+test-chart: tools $(CHART_PROGRAMS) $(PROMETHEUS) target/tools/kubernetes-schemas/complete build ## check the Helm chart and the manifests (needs Go; first time: ten minutes)
 	e2e/chart --driver $(BUILT)/csi-driver-squashfs
+
+.PHONY: test-prometheus
+test-prometheus: client target/tools/helm target/tools/yq $(PROMETHEUS) ## run the alerts and the dashboard on a real Prometheus, in the virtual machine (needs Go)
+	$(VM) $(addprefix --bin ,target/tools/helm target/tools/yq $(PROMETHEUS)) --copy $(CLIENT) --copy charts/csi-driver-squashfs --copy e2e/prometheus -- /root/prometheus
 
 # A Kubernetes cluster to test with, as static programs; all in one build, as they share most of their packages.
 KUBERNETES = $(addprefix target/tools/kubernetes/,csi-provisioner etcd kube-apiserver kube-controller-manager kube-scheduler \
@@ -120,7 +126,7 @@ kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests r
 .PHONY: test-kubernetes
 test-kubernetes: kubernetes target/tools/helm build image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
-	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
+	$(VM) --memory 4096 --timeout 5400 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
 		--copy target/image/csi-driver-squashfs-$(ARCH).tar --copy charts --copy manifests/examples --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
@@ -138,7 +144,7 @@ lint: tools ## check format, lints, licences and advisories, shell scripts
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
 	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run \
-		e2e/chart charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
+		e2e/chart e2e/prometheus charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
 		e2e/kubernetes/image e2e/kubernetes/kubelet e2e/kubernetes/node e2e/kubernetes/scenarios
 
 .PHONY: schema
