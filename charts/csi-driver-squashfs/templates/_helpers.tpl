@@ -52,7 +52,10 @@ app.kubernetes.io/component: {{ . }}
 {{- end -}}
 
 {{- define "squashfs.serviceAccount.controller" -}}
-{{- .Values.serviceAccount.controller | default (ternary (printf "%s-controller" (include "squashfs.fullname" .)) "default" .Values.serviceAccount.create) -}}
+{{- if not (or .Values.serviceAccount.create .Values.serviceAccount.controller) -}}
+{{- fail "serviceAccount.create is false: name the controller's in serviceAccount.controller, as the role is not for every pod of the namespace" -}}
+{{- end -}}
+{{- .Values.serviceAccount.controller | default (printf "%s-controller" (include "squashfs.fullname" .)) -}}
 {{- end -}}
 
 {{/* The directory of the driver's socket, records and scratch layers. */}}
