@@ -1,6 +1,8 @@
 //! The patterns of the admin's policy and of storage classes. A `*` stands for any characters, but never for a dot between two labels of a
 //! host name or a slash between two components of a path.
 
+use std::net::Ipv4Addr;
+
 /// Whether `path` is what the pattern names, or below it: `/images` covers `/images/a` but not `/images2`,
 /// `/home/*/images` covers one home. Both are absolute and normalised.
 pub(super) fn covers(pattern: &str, path: &str) -> bool {
@@ -22,10 +24,18 @@ pub(super) fn components(path: &str) -> usize {
 }
 
 /// Whether the pattern names `host`, whatever the case and with or without a trailing dot. A pattern that is only `*`
-/// names every host; `*.example.com` names `a.example.com` but neither `a.b.example.com` nor `example.com`.
+/// names every host; `*.example.com` names `a.example.com` but neither `a.b.example.com` nor `example.com`. One of numbers,
+/// such as `10.0.0.*`, names addresses alone: who owns the name `10.0.0.xyz` decides which server that is.
 pub(super) fn names_host(pattern: &str, host: &str) -> bool {
     let plain = |text: &str| text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     let (pattern, host) = (plain(pattern), plain(host));
+    let is_digit = |letter: char| letter.is_ascii_digit();
+    let of_numbers = pattern.split('.').count() == 4
+        && pattern.contains(is_digit)
+        && pattern.chars().all(|letter| is_digit(letter) || "*.".contains(letter));
+    if of_numbers && host.parse::<Ipv4Addr>().is_err() {
+        return false;
+    }
     let (mut wanted, mut given) = (pattern.split('.'), host.split('.'));
     pattern == "*"
         || pattern.split('.').count() == host.split('.').count()
@@ -99,6 +109,11 @@ mod tests {
             ("*.example.com", "example.com", false),
             ("10.0.0.*", "10.0.0.7", true),
             ("10.0.0.*", "10.0.0.evil.example", false),
+            ("10.0.0.*", "10.0.0.xyz", false),
+            ("10.*.*.*", "10.0.0.1", true),
+            ("10.*.*.*", "10.example.com.xyz", false),
+            ("nfs.*.10", "nfs.a.10", true),
+            ("*1", "nas1", true),
             ("*", "a.b.c", true),
             ("fd00::*", "fd00::1", true),
         ] {

@@ -11,7 +11,7 @@ const MAX_COMPONENT: usize = 255;
 /// RFC 1035, section 2.3.4, in its textual form.
 const MAX_HOST: usize = 253;
 
-/// A host name, an IPv4 address, or an IPv6 address with or without brackets. Returned without brackets; an IPv6
+/// A host name, an IPv4 address, or an IPv6 address with or without brackets. Returned without brackets and in lower case; an IPv6
 /// address in its RFC 5952 form.
 ///
 /// Underscores are let through, since real file servers have them. Names that end in a number but are no dotted quad
@@ -28,7 +28,7 @@ pub(super) fn host(value: &str) -> Result<String, String> {
     // A trailing dot keeps the resolver from trying search domains.
     let labels: Vec<&str> = value.strip_suffix('.').unwrap_or(value).split('.').collect();
     if labels.iter().all(|label| is_label(label)) && !is_number(labels[labels.len() - 1]) {
-        return Ok(value.to_owned());
+        return Ok(value.to_ascii_lowercase());
     }
     Err(format!("{} is not a host name, an IPv4 address or an IPv6 address", quote(value)))
 }
@@ -117,7 +117,7 @@ mod tests {
     fn hosts_are_names_or_addresses() {
         for (given, stored) in [
             ("nfs.example.com", "nfs.example.com"),
-            ("NFS_1.example.com.", "NFS_1.example.com."),
+            ("NFS_1.example.com.", "nfs_1.example.com."),
             ("server", "server"),
             ("192.168.3.253", "192.168.3.253"),
             ("fd00:0:0::1", "fd00::1"),
