@@ -31,6 +31,10 @@ pub struct Global {
     /// What users may mount (YAML) [default: any NFS server, nothing from the node]
     #[arg(long, global = true, env = "POLICY", value_name = "FILE")]
     pub policy: Option<PathBuf>,
+    /// How far the kernel reads ahead in files of NFS exports: an image is read in calls of up to this size, where the server
+    /// takes them [default: the kernel's, 128]
+    #[arg(long, global = true, env = "NFS_READ_AHEAD", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=65536))]
+    pub nfs_read_ahead: Option<u32>,
     /// How many seconds a call may take before it is answered; its work goes on
     #[arg(long, global = true, env = "TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
     pub timeout: u64,

@@ -74,13 +74,8 @@ async fn node(global: Global, arguments: NodeArguments) -> Outcome {
     let node = Node { node_id, policy, volumes: Arc::clone(&volumes) };
     let stop = stop()?;
     let registered = watch::Sender::new(Registered::NotYet);
-    let watched = Watched {
-        csi_socket: endpoint.path().to_owned(),
-        volumes: Some(volumes),
-        registered: plugin_registry.is_some().then(|| registered.subscribe()),
-        problems: watch::Sender::default(),
-        looking: Default::default(),
-    };
+    let known = plugin_registry.is_some().then(|| registered.subscribe());
+    let watched = Watched::new(endpoint.path().to_owned(), Some(volumes), known);
     let register = async {
         match &plugin_registry {
             Some(registry) => {
@@ -101,13 +96,7 @@ async fn controller(global: Global, arguments: Serve) -> Outcome {
     let controller = Controller::new(policy(&global)?, &global.driver_name);
     let identity = Identity { driver_name: global.driver_name, controller: true, node: false };
     let stop = stop()?;
-    let watched = Watched {
-        csi_socket: arguments.endpoint.path().to_owned(),
-        volumes: None,
-        registered: None,
-        problems: watch::Sender::default(),
-        looking: Default::default(),
-    };
+    let watched = Watched::new(arguments.endpoint.path().to_owned(), None, None);
     tokio::try_join!(
         csi::serve(&arguments.endpoint, identity, Some(controller), None, stopped(&stop)),
         watch_over(arguments.http_address, watched, stopped(&stop)),
@@ -129,13 +118,18 @@ async fn watch_over(
 async fn mount(global: Global, spec: &Path, target: &Path, read_only: bool) -> Outcome {
     let mount = read_spec(&global, spec)?;
     let target = std::path::absolute(target)?;
-    let publication = Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false };
-    Ok(volumes(global)?.publish(publication, false).await?)
+    let volumes = volumes(global)?;
+    let mounted = volumes.publish(Publication::by_hand(target, mount, read_only), false).await;
+    volumes.finish_deletions();
+    Ok(mounted?)
 }
 
 async fn unmount(global: Global, target: &Path) -> Outcome {
     let target = std::path::absolute(target)?;
-    Ok(volumes(global)?.unpublish(&by_hand(&target), &target).await?)
+    let volumes = volumes(global)?;
+    let unmounted = volumes.unpublish(&volume::by_hand(&target), &target).await;
+    volumes.finish_deletions();
+    Ok(unmounted?)
 }
 
 fn plan(global: &Global, spec: &Path) -> Outcome {
@@ -184,13 +178,9 @@ fn config(global: Global) -> Result<Config, Box<dyn std::error::Error>> {
         data_dir: global.data_dir(),
         driver_name: global.driver_name,
         host_root: global.host_root,
+        nfs_read_ahead: global.nfs_read_ahead,
         timeout: Duration::from_secs(global.timeout),
     })
-}
-
-/// The volume ID of what was mounted without Kubernetes.
-fn by_hand(target: &Path) -> String {
-    format!("by hand: {}", target.display())
 }
 
 fn read_spec(global: &Global, file: &Path) -> Result<Mount, Box<dyn std::error::Error>> {
@@ -228,7 +218,7 @@ fn start_log(global: &Global) {
     tracing_subscriber::registry().with(log.with_filter(levels)).init();
 }
 
-/// Each staged image is an open file.
+/// Each staged image is a few open files.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {

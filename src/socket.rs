@@ -39,6 +39,10 @@ async fn accept(mut listener: UnixListener, path: PathBuf, sender: mpsc::Sender<
         tokio::select! {
             () = sender.closed() => return,
             connection = listener.accept() => {
+                if connection.is_err() {
+                    // Of too many open files, say: it will not be better at once.
+                    tokio::time::sleep(WATCH / 10).await;
+                }
                 if sender.send(connection.map(|(stream, _)| stream)).await.is_err() {
                     return;
                 }

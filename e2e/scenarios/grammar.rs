@@ -142,11 +142,13 @@ fn the_other_file_systems_are_mounted_where_the_admin_allows_them() {
 fn an_image_and_a_directory_of_the_node_are_mounted_where_the_admin_allows_them() {
     Tree::new(&[("file", "local")]).squashfs("/srv/local.sqsh");
     fs::create_dir_all("/srv/directory").unwrap();
-    fs::write("/srv/directory/file", "bound").unwrap();
     let image = json!({"kind": "attach", "attach": {"fs_type": "squashfs", "attach": {
         "kind": "loopback", "loopback": {"path": "/srv/local.sqsh", "base": "root"}
     }}});
-    let bind = json!({"kind": "bind", "bind": {"path": "/srv/directory", "base": "root", "ro": true}});
+    let bind = json!({"kind": "bind", "bind": {"path": "/srv/directory", "base": "root"}});
+    // A file system of its own, which may be writable where the node's root directory is not.
+    run("mount", &["-t", "tmpfs", "tmpfs", "/srv/directory"]);
+    fs::write("/srv/directory/file", "bound").unwrap();
     let device = run("losetup", &["--find", "--show", "--read-only", "/srv/local.sqsh"]);
     let local = json!({"kind": "attach", "attach": {"fs_type": "squashfs", "attach": {
         "kind": "local", "local": {"path": device.trim()}
@@ -154,10 +156,13 @@ fn an_image_and_a_directory_of_the_node_are_mounted_where_the_admin_allows_them(
     let driver = Driver::with_policy("hostPaths: [/srv]\nlocalDevices: true");
     for (spec, content) in [(&image, "local"), (&bind, "bound"), (&local, "local")] {
         let volume = Volume::spec("v", spec);
-        assert_eq!(read(&driver.mount(&volume, "pod").unwrap(), "file"), content);
+        let target = driver.mount(&volume, "pod").unwrap();
+        assert_eq!(read(&target, "file"), content);
+        assert_eq!(fs::write(target.join("file"), "").unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
         driver.unmount(&volume, "pod");
     }
     run("losetup", &["--detach", device.trim()]);
+    run("umount", &["/srv/directory"]);
     driver.assert_nothing_left();
     drop(driver);
 

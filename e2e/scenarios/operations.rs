@@ -16,8 +16,9 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use super::harness::image::Tree;
+use super::harness::kernel::rpcs;
 use super::harness::{Driver, Volume, binary, run, wait_for};
-use super::outage::{Link, StuckServer, in_time, start_with};
+use super::outage::{Link, StuckServer, fresh_caches, in_time, start_with};
 use super::{seed, server};
 
 const HTTP: &str = "127.0.0.1:29661";
@@ -25,7 +26,7 @@ const HTTP: &str = "127.0.0.1:29661";
 /// The status and the body of a GET.
 fn get(path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(HTTP).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
@@ -130,7 +131,8 @@ fn the_metrics_say_what_the_node_has_and_what_it_did() {
         ("step_duration_seconds_count{step=\"nfs\"}", 1.0),
         ("step_duration_seconds_count{step=\"image\"}", 1.0),
         ("step_duration_seconds_count{step=\"loop\"}", 1.0),
-        ("step_duration_seconds_count{step=\"squashfs\"}", 2.0),
+        // Once while the server was there, and once for each pod.
+        ("step_duration_seconds_count{step=\"squashfs\"}", 3.0),
         ("step_duration_seconds_count{step=\"overlay\"}", 2.0),
         ("step_duration_seconds_count{step=\"attach\"}", 2.0),
         ("unfinished_releases", 0.0),
@@ -182,6 +184,22 @@ fn threads_that_a_stuck_server_holds_are_bounded_and_seen() {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn clients_that_say_nothing_keep_nobody_from_asking() {
+    let driver = start_with(&[&format!("--http-address={HTTP}")], None);
+    let files = || fs::read_dir(format!("/proc/{}/fd", driver.pid())).unwrap().count();
+    let before = files();
+    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(HTTP).unwrap()).collect();
+    wait_for("connections", || files() >= before + 64);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(files() < before + 80, "{} files more", files() - before);
+    assert_eq!(get("/healthz").0, 200);
+    drop(silent);
+    wait_for("the connections to go", || files() <= before);
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn a_link_cut_in_the_middle_of_any_call_delays_it_and_nothing_else() {
     Tree::new(&[("file", "middle")]).squashfs("/images/middle.sqsh");
     let driver = start_with(&["--timeout=8", &format!("--http-address={HTTP}")], None);
@@ -216,6 +234,29 @@ fn a_link_cut_in_the_middle_of_any_call_delays_it_and_nothing_else() {
         wait_for("the threads to come back", || driver.status()["threads"] == json!([]));
         driver.assert_nothing_left();
     }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_longer_read_ahead_reads_an_image_in_fewer_calls() {
+    let tree = Tree::new(&[]);
+    let file = tree.path().join("file").display().to_string();
+    run("dd", &["if=/dev/urandom", &format!("of={file}"), "bs=1M", "count=8", "status=none"]);
+    tree.squashfs("/images/read-ahead.sqsh");
+    let calls = |arguments: &[&str]| {
+        let driver = start_with(arguments, None);
+        let volume = Volume::spec("v", &seed("/read-ahead.sqsh")).writable();
+        let target = driver.mount(&volume, "pod").unwrap();
+        fresh_caches();
+        let before = rpcs();
+        fs::read(target.join("file")).unwrap();
+        let calls = rpcs() - before;
+        driver.unmount(&volume, "pod");
+        driver.assert_nothing_left();
+        calls
+    };
+    let (short, long) = (calls(&[]), calls(&["--nfs-read-ahead=1024"]));
+    assert!(long * 2 < short, "{long} calls with 1 MiB, {short} with the kernel's own");
 }
 
 #[test]

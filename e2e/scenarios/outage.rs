@@ -54,7 +54,7 @@ pub fn in_time<T>(what: &str, call: impl FnOnce() -> T) -> T {
     answer
 }
 
-fn fresh_caches() {
+pub fn fresh_caches() {
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
@@ -67,7 +67,9 @@ fn resources(driver: &Driver) -> (usize, usize) {
 /// What a node's own tools do all the time.
 fn node_is_well(driver: &Driver) {
     in_time("df", || run("df", &[]));
-    in_time("ls", || run("ls", &["-lR", driver.directory.join("pods").to_str().unwrap()]));
+    // Down to the roots of volumes, and not into them: what is in an image is read from the server.
+    let pods = driver.directory.join("pods");
+    in_time("find", || run("find", &[pods.to_str().unwrap(), "-maxdepth", "2", "-ls"]));
     let probe = in_time("Probe", || driver.block_on(async { driver.identity().probe(ProbeRequest {}).await }));
     assert_eq!(probe.unwrap().into_inner().ready, Some(true));
 }
@@ -117,17 +119,33 @@ fn pods_of_a_dead_server_can_be_torn_down_and_started() {
     let image = Volume::spec("image", &squashfs("/teardown.sqsh"));
     driver.mount(&volume, "one").unwrap();
     driver.mount(&image, "image").unwrap();
+    let plain = Volume::spec("plain", &nfs("4.2"));
+    driver.stage(&plain).unwrap();
+    // So large that reading its head does not read all of it.
+    let large = Tree::new(&[]);
+    let file = large.path().join("file").display().to_string();
+    run("dd", &["if=/dev/urandom", &format!("of={file}"), "bs=1M", "count=4", "status=none"]);
+    large.squashfs("/images/unused.sqsh");
+    let unused = Volume::spec("unused", &squashfs("/unused.sqsh"));
+    driver.stage(&unused).unwrap();
     let link = Link::cut();
-    // A staged volume needs the server for nothing but what is not cached.
+    // A staged volume needs the server for nothing but what is not cached; one that shows the export itself does.
     in_time("publish of a staged volume", || driver.publish(&volume, "two")).unwrap();
+    in_time("the first publish of a staged volume", || driver.publish(&unused, "unused")).unwrap();
+    in_time("unpublish", || driver.unpublish(&unused, "unused")).unwrap();
     node_is_well(&driver);
     let condition = in_time("stats", || driver.stats(&volume, "one")).unwrap().volume_condition.unwrap();
     assert!(condition.abnormal, "{}", condition.message);
+    let error = in_time("publish of plain NFS", || driver.publish(&plain, "plain")).unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    node_is_well(&driver);
     for (volume, pod) in [(&volume, "one"), (&volume, "two"), (&image, "image")] {
         in_time("unpublish", || driver.unpublish(volume, pod)).unwrap();
     }
     in_time("unstage", || driver.unstage(&volume)).unwrap();
     in_time("unstage", || driver.unstage(&image)).unwrap();
+    in_time("unstage", || driver.unstage(&plain)).unwrap();
+    in_time("unstage", || driver.unstage(&unused)).unwrap();
     assert_eq!(driver.mounts(), [""; 0]);
     link.restore();
     driver.assert_nothing_left();
@@ -290,6 +308,15 @@ fn a_changed_image_is_reported_in_words_and_its_readers_fare_as_documented() {
             file.write_all_at(b"x", fs::metadata(path).unwrap().len() - 1).unwrap();
         });
     }
+    fs::create_dir_all("/images/below").unwrap();
+    let path = image("below/bound", "old");
+    let bind = json!({"kind": "bind", "bind": {"path": "below", "base": "mount", "mount": nfs("4.2")}});
+    let volume = Volume::spec("bound", &super::attach("squashfs", "bound", &bind));
+    driver.mount(&volume, "bound").unwrap();
+    fs::rename(image("next", "new"), path).unwrap();
+    let condition = driver.stats(&volume, "bound").unwrap().volume_condition.unwrap();
+    assert!(condition.message.contains("was replaced"), "{}", condition.message);
+    driver.unmount(&volume, "bound");
     driver.assert_nothing_left();
 }
 

@@ -158,25 +158,27 @@ pub fn read_bytes(number: u32) -> u64 {
 
 /// The device, if it is attached and ours.
 fn inspect(number: u32, tag: &Tag) -> Result<Option<Attached>> {
-    let answer = open(number).and_then(|fd| {
-        // SAFETY: an integer-only C struct, for which all zeroes is a value.
-        let mut info: loop_info64 = unsafe { std::mem::zeroed() };
-        // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
-        unsafe {
-            let status = rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info);
-            rustix::ioctl::ioctl(fd.as_fd(), status)
-        }?;
-        Ok((fd, info))
-    });
-    match answer {
-        Ok((fd, info)) => {
-            let ours = |identity| Attached { device: LoopDevice { number, _fd: fd }, identity };
-            Ok(tag.read(&info).map(ours))
-        }
+    let fd = match open(number) {
+        Ok(fd) => fd,
         // Let go of in the meantime.
-        Err(Errno::NXIO | Errno::NOENT) => Ok(None),
-        Err(errno) => Err(Error::new(format!("look at /dev/loop{number}"), errno)),
+        Err(Errno::NXIO | Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(Error::new(format!("open /dev/loop{number}"), errno)),
+    };
+    // SAFETY: an integer-only C struct, for which all zeroes is a value.
+    let mut info: loop_info64 = unsafe { std::mem::zeroed() };
+    // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
+    let answer = unsafe {
+        let status = rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info);
+        rustix::ioctl::ioctl(fd.as_fd(), status)
+    };
+    if let Err(errno) = answer {
+        // Let go of (ENXIO), or of a stranger whose file cannot be looked at (FUSE without its daemon: ENOTCONN). The kernel asks
+        // for the inode's number alone, for which NFS asks no server.
+        tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
+        return Ok(None);
     }
+    let ours = |identity| Attached { device: LoopDevice { number, _fd: fd }, identity };
+    Ok(tag.read(&info).map(ours))
 }
 
 /// The devices that may be ours: those that have a file and free themselves. A stranger's device is left unopened where possible:

@@ -188,20 +188,19 @@ pub fn is_mount(path: &Path) -> Result<bool> {
     }
 }
 
-/// Takes off every mount that is attached at `path`, uppermost first, and returns how many there were.
+/// Takes off every mount that is attached at `path`, uppermost first.
 ///
 /// The path is not looked at first: umount2(2) asks no file server, a look might. A mount that is busy in this
 /// namespace is detached, so that the name is free at once; the kernel releases it with its last user.
-pub fn unmount_all(path: &Path) -> Result<usize> {
-    let mut count = 0;
+pub fn unmount_all(path: &Path) -> Result<()> {
     loop {
         let answer = match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
             Err(Errno::BUSY) => rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
             answer => answer,
         };
         match answer {
-            Ok(()) => count += 1,
-            Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => return Ok(count),
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             Err(errno) => return Err(Error::new(format!("unmount {}", path.display()), errno)),
         }
     }

@@ -4,10 +4,12 @@
 //! Version 3 gets `nolock`: nothing locks an image, so that neither rpc.statd nor a lock port is needed.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 
+use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::error::{Error, Result};
+use super::error::{Doing, Error, Result};
 use super::mount::{CONFINED, DetachedMount, FsContext, MountAttrFlags};
 
 /// The port of NFS where the options name no other.
@@ -16,7 +18,7 @@ pub const PORT: u16 = 2049;
 /// One export, and how to mount it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Export {
-    /// The name to show, as the user gave it; an IPv6 address has no brackets.
+    /// The name to show, in lower case; an IPv6 address has no brackets.
     pub host: String,
     pub path: String,
     /// The value of `vers=`: `3`, `4.0`, `4.1` or `4.2`.
@@ -72,10 +74,24 @@ impl Export {
     }
 }
 
+/// Sets how many KiB the kernel reads ahead in the files of a mount that are opened from now on. All mounts of its superblock share
+/// this, also those that others made of the same export with the same options.
+///
+/// Asks no server. It takes a writable /sys (Documentation/ABI/testing/sysfs-class-bdi).
+pub fn set_read_ahead(mount: impl AsFd, kib: u32) -> Result<()> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let device = rustix::fs::statx(mount, "", flags, StatxFlags::empty()).doing(|| "look at an NFS mount".into())?;
+    let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", device.stx_dev_major, device.stx_dev_minor);
+    std::fs::write(&path, kib.to_string())
+        .map_err(|error| Error::new(format!("write {path}"), Errno::from_io_error(&error).unwrap_or(Errno::IO)))
+}
+
 /// What to look at for the errors that NFS mounts are known to end with.
 pub fn explain(error: Error) -> Error {
     let hint = match error.errno() {
         Errno::CONNREFUSED => "is nfsd running there, and is its port open to this node?",
+        Errno::CONNRESET => "the connection was closed without an answer: is nfsd running behind that address?",
+        Errno::PROTO => "what answers there is no NFS server: is the port right?",
         Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::TIMEDOUT => {
             "is the server up, and does the network let this node reach it?"
         }

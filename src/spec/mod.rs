@@ -191,7 +191,7 @@ pub enum Base {
     Mount(Box<Mount>),
 }
 
-/// A directory `path` below `base`, bind-mounted.
+/// A directory `path` below `base`, bind-mounted. One of the node is read-only, whatever `read_only` says.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Bind {
     /// Relative to the base, without a leading slash; empty means the base itself.

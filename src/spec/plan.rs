@@ -24,15 +24,15 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
             }
             steps.push(format!("mount {} (ro,nosuid,nodev{exec})", attach.fs_type));
         }
-        Mount::Bind(bind) => add_bind(steps, bind),
+        Mount::Bind(bind) => add_bind(steps, bind, mount.is_writable()),
         Mount::Nfs(nfs) => steps.push(format!("mount NFS {} out of the host's sight", source(nfs))),
         Mount::Overlay(overlay) => add_overlay(steps, overlay),
     }
 }
 
-fn add_bind(steps: &mut Vec<String>, bind: &Bind) {
+fn add_bind(steps: &mut Vec<String>, bind: &Bind, writable: bool) {
     let directory = beneath(steps, &bind.base, &bind.path);
-    let mode = if bind.read_only { "ro" } else { "rw" };
+    let mode = if writable { "rw" } else { "ro" };
     let how = if bind.recursive { "bind recursively" } else { "bind" };
     steps.push(format!("{how} {directory} ({mode},nosuid,nodev)"));
 }
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn binds_and_devices_are_told_apart() {
         let spec = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1k"},"lower":[
-            {"kind":"bind","bind":{"path":"/etc","base":"root","ro":true}},
+            {"kind":"bind","bind":{"path":"/etc","base":"root"}},
             {"kind":"bind","bind":{"path":"opt","base":"mount","recursive":true,"mount":{"kind":"attach","attach":
                 {"fs_type":"xfs","mount_options":["noexec"],"attach":{"kind":"local","local":{"path":"/dev/sda"}}}}}},
             {"kind":"nfs","nfs":{"host":"fd00::1","path":"/a","version":"3","options":["hard"]}}]}}"#;
@@ -102,7 +102,7 @@ mod tests {
                 "bind /etc of the node (ro,nosuid,nodev)",
                 "open the block device /dev/sda read-only",
                 "mount xfs (ro,nosuid,nodev,noexec)",
-                "bind recursively opt beneath it (rw,nosuid,nodev)",
+                "bind recursively opt beneath it (ro,nosuid,nodev)",
                 "mount NFS [fd00::1]:/a (nfs 3, rw, hard) out of the host's sight",
                 "stack overlay: 3 lower, upper: tmpfs of 1000 bytes",
                 "attach at the target",

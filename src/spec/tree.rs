@@ -6,14 +6,8 @@ impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
     pub fn is_writable(&self) -> bool {
         match self {
-            Mount::Attach(_) => false,
-            Mount::Bind(bind) => {
-                !bind.read_only
-                    && match &bind.base {
-                        Base::Root => true,
-                        Base::Mount(mount) => mount.is_writable(),
-                    }
-            }
+            Mount::Attach(_) | Mount::Bind(Bind { base: Base::Root, .. }) => false,
+            Mount::Bind(Bind { base: Base::Mount(mount), read_only, .. }) => !read_only && mount.is_writable(),
             Mount::Nfs(nfs) => !nfs.read_only,
             Mount::Overlay(overlay) => overlay.upper != Upper::None,
         }

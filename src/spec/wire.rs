@@ -153,6 +153,7 @@ pub(super) struct MountBind {
     /// Take the mounts below the directory along.
     #[serde(default)]
     pub recursive: bool,
+    /// A directory of the node, and one of an image, is read-only in any case.
     #[serde(default)]
     pub ro: bool,
     /// The mount that holds the directory, for the base `mount`.

@@ -1,6 +1,7 @@
 //! Where the driver waits for the kernel: each wait on a thread of its own, and always with a name.
 
 use std::io;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -62,8 +63,8 @@ pub struct Places {
 }
 
 impl Places {
-    pub fn new(server: &str) -> Self {
-        Places { server: server.into(), free: Arc::new(Semaphore::new(PLACES)) }
+    pub fn new(server: IpAddr) -> Self {
+        Places { server: server.to_string().into(), free: Arc::new(Semaphore::new(PLACES)) }
     }
 
     /// Whether anybody else has these places: a mount of the server, or a thread at one of them.
@@ -102,6 +103,18 @@ pub async fn run<T: Send + 'static>(step: impl Into<String>, work: impl FnOnce()
         work()
     })
     .await
+}
+
+/// [`Places::run`] for `work` that asks a server, else [`run`].
+pub async fn run_at<T: Send + 'static>(
+    places: Option<Places>,
+    step: impl Into<String>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    match places {
+        Some(places) => places.run(step, work).await,
+        None => run(step, work).await,
+    }
 }
 
 /// [`run`] for `work` that lets go of something, for which nobody may wait long: the kernel may still have to tell a server.

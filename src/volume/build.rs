@@ -25,7 +25,7 @@ pub enum UpperLayer {
 
 /// Mounts `prepared`, attached nowhere; `upper` is for an overlay alone.
 ///
-/// Asks no server except for layers that are NFS mounts themselves.
+/// Asks no server except for layers that are NFS mounts themselves, and for the way to a directory of an image.
 pub fn build(
     prepared: &Prepared,
     namespace: &PrivateNamespace,
@@ -35,13 +35,13 @@ pub fn build(
         Prepared::Nfs { mount, directory, read_only } => {
             namespace.run(|| DetachedMount::bind(mount.open(directory)?, false, attributes(*read_only)))?
         }
-        Prepared::FileSystem { device, fs_type, no_exec } => file_system(device, *fs_type, *no_exec),
+        Prepared::FileSystem { device, fs_type, no_exec } => file_system(&device.path(), *fs_type, *no_exec),
         Prepared::Bind { base, path, recursive, read_only } => {
-            let attributes = attributes(*read_only);
             match base {
+                // What is the node's own is shown to pods, and never given to them.
                 PreparedBase::HostRoot(root) => {
                     let directory = open_directory_beneath(&**root, path, Symlinks::Refused)?;
-                    DetachedMount::bind(directory, *recursive, attributes)
+                    DetachedMount::bind(directory, *recursive, attributes(true))
                 }
                 PreparedBase::Mount(base) => {
                     let base = build(base, namespace, None)?;
@@ -49,7 +49,7 @@ pub fn build(
                         let workspace = Workspace::new()?;
                         workspace.attach("base", &base)?;
                         let directory = open_directory_beneath(&base, path, Symlinks::Inside)?;
-                        DetachedMount::bind(directory, *recursive, attributes)
+                        DetachedMount::bind(directory, *recursive, attributes(*read_only))
                     })?
                 }
             }
@@ -68,13 +68,10 @@ fn attributes(read_only: bool) -> MountAttrFlags {
     if read_only { CONFINED | MountAttrFlags::MOUNT_ATTR_RDONLY } else { CONFINED }
 }
 
-fn file_system(device: &BlockDevice, fs_type: FsType, no_exec: bool) -> kernel::Result<DetachedMount> {
-    let path = match device {
-        BlockDevice::Loop { device, .. } => device.path(),
-        BlockDevice::Local(path) => path.clone(),
-    };
-    let context = FsContext::new(fs_type.as_str(), format!("{fs_type} on {}", path.display()))?;
-    context.set("source", &path.to_string_lossy())?;
+/// A mount of the file system on a block device, never written to. Reads the device where none of its mounts is left.
+pub fn file_system(device: &Path, fs_type: FsType, no_exec: bool) -> kernel::Result<DetachedMount> {
+    let context = FsContext::new(fs_type.as_str(), format!("{fs_type} on {}", device.display()))?;
+    context.set("source", &device.to_string_lossy())?;
     context.set_flag("ro")?;
     match fs_type {
         FsType::Squashfs | FsType::Erofs => {}
@@ -100,7 +97,9 @@ fn file_system(device: &BlockDevice, fs_type: FsType, no_exec: bool) -> kernel::
 /// What the mount table calls a layer: the loop device where there is one.
 fn layer_name(layer: &Prepared) -> String {
     match layer {
-        Prepared::FileSystem { device: BlockDevice::Loop { device, .. }, .. } => format!("loop{}", device.number()),
+        Prepared::FileSystem { device: BlockDevice::Loop { image, .. }, .. } => {
+            format!("loop{}", image.device.number())
+        }
         Prepared::FileSystem { .. } => "local".into(),
         Prepared::Nfs { .. } => "nfs".into(),
         Prepared::Bind { .. } => "bind".into(),

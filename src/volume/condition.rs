@@ -10,7 +10,7 @@ use super::error::{Error, Kind, Result};
 use super::record::Record;
 use super::{Volumes, lock};
 use crate::kernel::image::Content;
-use crate::spec::{Base, Bind, Device, Loopback, Mount};
+use crate::spec::{Base, Bind, Device, Loopback, Mount, Nfs};
 
 /// How long an answer is good for: the kubelet asks about every volume each minute or so, and many volumes share an image.
 const FRESH: Duration = Duration::from_secs(30);
@@ -38,9 +38,7 @@ impl Volumes {
         let mut images = Vec::new();
         list_images(&record.publication.mount, &mut images);
         for (image, attached) in images.into_iter().zip(&record.contents) {
-            if let Base::Mount(base) = &image.base
-                && let Mount::Nfs(nfs) = &**base
-            {
+            if let Some(nfs) = server_of(&image.base) {
                 let wrong = match self.look_at(image).await {
                     Ok(now) => changed(attached, &now),
                     Err(error) if error.kind == Kind::NotFound => {
@@ -101,6 +99,18 @@ fn changed(attached: &Content, now: &Content) -> Option<String> {
     } else {
         "was written over on the server: its content is damaged; publish a new version under a new file".into()
     })
+}
+
+/// The export that an image file lies on, itself or a directory of it.
+fn server_of(base: &Base) -> Option<&Nfs> {
+    match base {
+        Base::Mount(mount) => match &**mount {
+            Mount::Nfs(nfs) => Some(nfs),
+            Mount::Bind(bind) => server_of(&bind.base),
+            Mount::Attach(_) | Mount::Overlay(_) => None,
+        },
+        Base::Root => None,
+    }
 }
 
 /// The image files of a spec, in the order in which they are prepared.

@@ -64,6 +64,9 @@ impl From<kernel::Error> for Error {
             Errno::NOSPC | Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::AGAIN => Kind::ResourceExhausted,
             Errno::CONNREFUSED
             | Errno::CONNRESET
+            | Errno::CONNABORTED
+            | Errno::PIPE
+            | Errno::PROTO
             | Errno::HOSTUNREACH
             | Errno::HOSTDOWN
             | Errno::NETUNREACH

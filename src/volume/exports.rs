@@ -16,7 +16,7 @@ use super::shared::Shared;
 use super::{lock, probe, resolve};
 use crate::kernel::mount::{DetachedMount, Symlinks, open_directory, open_directory_beneath, unmount_all};
 use crate::kernel::namespace::PrivateNamespace;
-use crate::kernel::nfs::Export;
+use crate::kernel::nfs::{self, Export};
 use crate::kernel::{self};
 
 /// An export mounted in the driver's namespace, for as long as anyone holds it.
@@ -80,14 +80,16 @@ impl Drop for NfsMount {
 /// The NFS mounts of one driver.
 pub struct Exports {
     namespace: Arc<PrivateNamespace>,
+    /// In KiB.
+    read_ahead: Option<u32>,
     mounts: Shared<Export, Aside<NfsMount>>,
-    /// By server: a host name or address as users write it.
-    places: Mutex<HashMap<String, Places>>,
+    /// By server, whatever name a user has for it.
+    places: Mutex<HashMap<IpAddr, Places>>,
 }
 
 impl Exports {
-    pub fn new(namespace: Arc<PrivateNamespace>) -> Self {
-        Exports { namespace, mounts: Shared::default(), places: Mutex::default() }
+    pub fn new(namespace: Arc<PrivateNamespace>, read_ahead: Option<u32>) -> Self {
+        Exports { namespace, read_ahead, mounts: Shared::default(), places: Mutex::default() }
     }
 
     /// The mount of this export, whose server answered just now. Every address of the host is tried; the error is the most telling
@@ -133,10 +135,19 @@ impl Exports {
             let mut places = lock(&self.places);
             // Of servers that nobody uses any more.
             places.retain(|_, places| places.are_used());
-            places.entry(export.host.clone()).or_insert_with(|| Places::new(&export.host)).clone()
+            places.entry(address).or_insert_with(|| Places::new(address)).clone()
         };
         let (export, namespace, mine) = (export.clone(), Arc::clone(&self.namespace), places.clone());
-        let mount = move || measured("nfs", || NfsMount::attach(export, address, mine, namespace)).map(Aside::new);
+        let read_ahead = self.read_ahead;
+        let mount = move || {
+            let mount = measured("nfs", || NfsMount::attach(export, address, mine, namespace))?;
+            if let Some(kib) = read_ahead
+                && let Err(error) = nfs::set_read_ahead(&mount.mount, kib)
+            {
+                tracing::warn!(%error, "the kernel's own read-ahead stays");
+            }
+            Ok::<_, kernel::Error>(Aside::new(mount))
+        };
         Ok(places.run(step, mount).await??)
     }
 }

@@ -23,7 +23,7 @@ pub mod status;
 mod trash;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -56,6 +56,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Where the node's root directory is seen, for `base: root`.
     pub host_root: PathBuf,
+    /// How many KiB the kernel reads ahead in files of NFS exports; `None` leaves that to the kernel.
+    pub nfs_read_ahead: Option<u32>,
     /// What every spec was checked by.
     pub policy: Policy,
     /// How long a call may take before it is answered with `DEADLINE_EXCEEDED`; its work goes on.
@@ -73,6 +75,22 @@ pub struct Publication {
     /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
     #[serde(default)]
     pub exclusive: bool,
+}
+
+impl Publication {
+    /// One of a person, not of the kubelet.
+    pub fn by_hand(target: PathBuf, mount: Mount, read_only: bool) -> Self {
+        Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false }
+    }
+
+    fn is_by_hand(&self) -> bool {
+        self.volume_id == by_hand(&self.target)
+    }
+}
+
+/// The volume ID of what a person mounted at `target`.
+pub fn by_hand(target: &Path) -> String {
+    format!("by hand: {}", target.display())
 }
 
 /// The volumes of one node.
@@ -157,6 +175,11 @@ impl Volumes {
             }
             None => Ok(None),
         }
+    }
+
+    /// Waits until the scratch layers of what was unpublished are deleted: for a process that ends.
+    pub fn finish_deletions(&self) {
+        self.trash.finish();
     }
 
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves

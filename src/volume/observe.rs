@@ -1,5 +1,7 @@
 //! What this process and the kernel have at this moment, for the metrics.
 
+use std::sync::Arc;
+
 use super::error::Result;
 use super::status::{self, Loop, PublishedVolume};
 use super::{Volumes, blocking, lock};
@@ -19,14 +21,19 @@ pub struct Observation {
 
 impl Volumes {
     /// Asks no server.
-    pub async fn observe(&self) -> Result<Observation> {
-        let (staged, abnormal) = (lock(&self.staged).len(), lock(&self.abnormal).len());
-        let (namespace, config) = (self.namespace.clone(), self.config.clone());
+    pub async fn observe(self: &Arc<Self>) -> Result<Observation> {
+        let this = Arc::clone(self);
         let observe = move || {
-            let published = status::volumes(&config.data_dir)?;
-            let loop_devices = status::loop_devices(&config.driver_name, &published)?;
-            let nfs = mountstats::read(&namespace)?;
-            Ok(Observation { staged, abnormal, published, loop_devices, nfs })
+            let published = status::volumes(&this.config.data_dir)?;
+            let loop_devices = status::loop_devices(&this.config.driver_name, &published)?;
+            let nfs = mountstats::read(&this.namespace)?;
+            let abnormal = {
+                let mut abnormal = lock(&this.abnormal);
+                // An answer about a volume may come after its end.
+                abnormal.retain(|target, _| published.iter().any(|volume| volume.target == *target));
+                abnormal.len()
+            };
+            Ok(Observation { staged: lock(&this.staged).len(), abnormal, published, loop_devices, nfs })
         };
         blocking::run("look at the volumes of this node", observe).await?
     }

@@ -51,11 +51,28 @@ pub enum Prepared {
 pub enum BlockDevice {
     /// The base is kept so that the next image of the same export finds its NFS mount.
     Loop {
-        device: Arc<Aside<LoopDevice>>,
+        image: Arc<Aside<AttachedImage>>,
         content: Content,
         base: PreparedBase,
     },
     Local(PathBuf),
+}
+
+impl BlockDevice {
+    pub fn path(&self) -> PathBuf {
+        match self {
+            BlockDevice::Loop { image, .. } => image.device.path(),
+            BlockDevice::Local(path) => path.clone(),
+        }
+    }
+}
+
+/// An image on its loop device, and its file system mounted, attached nowhere: the superblock is read while its server answers,
+/// and each further mount of it asks nobody.
+pub struct AttachedImage {
+    // Dropped before the device that it stands on.
+    _mount: DetachedMount,
+    pub device: LoopDevice,
 }
 
 #[derive(Clone)]
@@ -109,7 +126,7 @@ pub struct Preparer {
     tag: Tag,
     host_root: Arc<OwnedFd>,
     exports: Exports,
-    devices: Shared<Identity, Aside<LoopDevice>>,
+    images: Shared<Identity, Aside<AttachedImage>>,
 }
 
 impl Preparer {
@@ -119,8 +136,8 @@ impl Preparer {
             driver_name: config.driver_name.as_str().into(),
             tag: Tag::new(&config.driver_name),
             host_root: Arc::new(mount::open_directory(&config.host_root)?),
-            exports: Exports::new(Arc::clone(&namespace)),
-            devices: Shared::default(),
+            exports: Exports::new(Arc::clone(&namespace), config.nfs_read_ahead),
+            images: Shared::default(),
             namespace,
         })
     }
@@ -199,16 +216,21 @@ impl Preparer {
         });
         let image = image.await.map_err(|error| error.about(&format!("image {name}")))?;
         let tag = self.tag.clone();
-        let (identity, content) = (image.identity, image.content);
-        let device = self.devices.get(&identity, async {
-            let attach = move || measured("loop", || LoopDevice::of(&image, &tag)).map(Aside::new);
-            Ok(blocking::run(format!("attach image {name}"), attach).await??)
+        let (identity, content, places) = (image.identity, image.content, base.places());
+        let attached = self.images.get(&identity, async {
+            let attach = move || {
+                let device = measured("loop", || LoopDevice::of(&image, &tag))?;
+                let mount = build::file_system(&device.path(), fs_type, false)?;
+                Ok::<_, kernel::Error>(Aside::new(AttachedImage { _mount: mount, device }))
+            };
+            Ok(blocking::run_at(places, format!("attach image {name}"), attach).await??)
         });
-        Ok(BlockDevice::Loop { device: device.await?, content, base })
+        let image = attached.await.map_err(|error| error.about(&format!("image {name}")))?;
+        Ok(BlockDevice::Loop { image, content, base })
     }
 
-    /// Asks the servers of the NFS directories that a mount shows as they are, and returns the places of the last: whoever looks
-    /// at the mount may wait for them. `None` where images are all that is shown.
+    /// Asks the servers of the NFS directories that a mount shows as they are, and returns the places of the last: whoever makes
+    /// the mount, or looks at it, may wait for them. `None` where images are all that is shown.
     pub fn ask<'a>(&'a self, mount: &'a Mount) -> Pin<Box<dyn Future<Output = Result<Option<Places>>> + Send + 'a>> {
         Box::pin(async move {
             match mount {
@@ -246,10 +268,7 @@ impl Preparer {
             let base = OpenBase::new(base, &namespace)?;
             work(&base, base.symlinks())
         };
-        Ok(match places {
-            Some(places) => places.run(step, work).await??,
-            None => blocking::run(step, work).await??,
-        })
+        Ok(blocking::run_at(places, step, work).await??)
     }
 }
 
@@ -270,16 +289,25 @@ impl Prepared {
             Prepared::Overlay { lower, .. } => lower.iter().for_each(|lower| lower.contents(contents)),
         }
     }
+
+    /// Of the server that reading below the mount asks: of an overlay's, the last.
+    fn places(&self) -> Option<Places> {
+        match self {
+            Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
+            Prepared::FileSystem { device: BlockDevice::Loop { base, .. }, .. } | Prepared::Bind { base, .. } => {
+                base.places()
+            }
+            Prepared::FileSystem { device: BlockDevice::Local(_), .. } => None,
+            Prepared::Overlay { lower, .. } => lower.iter().rev().find_map(Prepared::places),
+        }
+    }
 }
 
 impl PreparedBase {
-    /// The server that opening a file below this base asks; other bases are local, or cached by their loop device.
+    /// Of the server that opening a file below this base asks.
     fn places(&self) -> Option<Places> {
         match self {
-            PreparedBase::Mount(mount) => match &**mount {
-                Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
-                _ => None,
-            },
+            PreparedBase::Mount(mount) => mount.places(),
             PreparedBase::HostRoot(_) => None,
         }
     }

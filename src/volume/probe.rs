@@ -37,6 +37,8 @@ pub async fn ask(export: &Export, server: SocketAddr) -> Result<()> {
             step.end(None);
             return Ok(());
         }
+        // As a load balancer does before servers that are dead.
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => Errno::CONNRESET,
         Ok(Err(error)) => Errno::from_io_error(&error).unwrap_or(Errno::PROTO),
         Err(_) => Errno::TIMEDOUT,
     };

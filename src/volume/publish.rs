@@ -54,11 +54,14 @@ impl Volumes {
             None => Arc::new(self.preparer.prepare(&publication.mount).await?),
         };
         let step = format!("mount volume {} at {}", publication.volume_id, target.display());
-        let attach = {
-            let (this, held) = (Arc::clone(&self), Arc::clone(&held));
-            move || this.attach(&publication, &held, &directory, &lease)
+        let attached = match self.preparer.ask(&publication.mount).await {
+            Ok(places) => {
+                let (this, held) = (Arc::clone(&self), Arc::clone(&held));
+                let attach = move || this.attach(&publication, &held, &directory, &lease);
+                blocking::run_at(places, step, attach).await.and_then(|attached| attached)
+            }
+            Err(error) => Err(error),
         };
-        let attached = blocking::run(step, attach).await?;
         if attached.is_err() {
             release(held).await;
         }

@@ -3,7 +3,8 @@
 //! Each published path has one directory below `published`, named by a hash of the path: `volume.json`, and a scratch
 //! directory for the upper layer of an overlay.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -52,21 +53,31 @@ impl Directory {
 
     /// Writes the record; a directory that is not there yet appears with its record and its scratch directory in it.
     pub fn write(&self, record: &Record, trash: &Trash) -> Result<()> {
-        let write = || -> io::Result<()> {
-            let text = serde_json::to_vec_pretty(record)?;
-            if self.0.exists() {
-                let new = self.0.join("volume.json.new");
-                std::fs::write(&new, text)?;
-                return std::fs::rename(new, self.0.join("volume.json"));
-            }
-            let new = trash.new_directory()?;
-            std::fs::write(new.join("volume.json"), text)?;
+        self.try_write(record, trash).map_err(|error| failed("write the record in", &self.0, &error))
+    }
+
+    fn try_write(&self, record: &Record, trash: &Trash) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(record)?;
+        if self.0.exists() {
+            let new = self.0.join("volume.json.new");
+            let mut file = File::create(&new)?;
+            file.write_all(&text)?;
+            // After a power cut an empty record would cost the pod a scratch layer with all that it ever wrote.
+            file.sync_data()?;
+            return std::fs::rename(new, self.0.join("volume.json"));
+        }
+        let new = trash.new_directory()?;
+        let fill = || {
+            std::fs::write(new.join("volume.json"), &text)?;
             if let Some(scratch) = &record.scratch {
                 std::fs::create_dir(new.join(scratch))?;
             }
-            std::fs::rename(new, &self.0)
+            std::fs::rename(&new, &self.0)
         };
-        write().map_err(|error| failed("write the record in", &self.0, &error))
+        fill().inspect_err(|_| {
+            // The first error is the one to report; the sweep removes what stays.
+            let _ = std::fs::remove_dir_all(&new);
+        })
     }
 
     /// Removes all of it.
@@ -87,11 +98,15 @@ pub fn all(data_dir: &Path) -> Result<Vec<Record>> {
 /// Removes the records, and scratch layers, of published paths whose pod is gone: nobody will unpublish them any more.
 ///
 /// A target that is mounted, or whose parent directory still exists, is left alone: the kubelet publishes it again after a
-/// reboot, with its scratch layer, or unpublishes it.
+/// reboot, with its scratch layer, or unpublishes it. So is what was mounted by hand: its target may be where only the node's own
+/// processes look, and this one be in a container.
 pub fn sweep(data_dir: &Path, trash: &Trash) -> Result<()> {
     let mounts = mountinfo::read()?;
     for Record { publication, .. } in all(data_dir)? {
         let target = &publication.target;
+        if publication.is_by_hand() {
+            continue;
+        }
         let gone = target.parent().is_some_and(|parent| matches!(parent.try_exists(), Ok(false)));
         if gone && !mounts.iter().any(|mount| Path::new(&mount.mount_point) == target) {
             tracing::info!(volume = publication.volume_id, target = %target.display(), "the pod is gone: record removed");
@@ -125,4 +140,34 @@ pub fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
         _ => Kind::Internal,
     };
     Error::new(kind, format!("{action} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sweep_removes_what_pods_left_and_nothing_that_was_mounted_by_hand() {
+        let directory = tempfile::tempdir().unwrap();
+        let trash = Trash::new(directory.path().join("trash")).unwrap();
+        create_directories(directory.path()).unwrap();
+        let mount = crate::spec::json::parse(include_str!("../spec/testdata/nfs-loopback.json")).unwrap().mount;
+        // Nobody sees these here, as a container does not see what is mounted outside of the kubelet's directory.
+        let by_hand = Publication::by_hand("/nowhere/by-hand".into(), mount.clone(), false);
+        let of_a_pod = Publication { target: "/nowhere/pod/mount".into(), volume_id: "v".into(), ..by_hand.clone() };
+        for publication in [by_hand, of_a_pod] {
+            let place = Directory::of(directory.path(), &publication.target);
+            place
+                .write(&Record { publication, contents: Vec::new(), scratch: Some("scratch".into()) }, &trash)
+                .unwrap();
+        }
+        sweep(directory.path(), &trash).unwrap();
+        trash.finish();
+        let left = all(directory.path()).unwrap();
+        assert_eq!(
+            left.iter().map(|record| record.publication.target.as_path()).collect::<Vec<_>>(),
+            [Path::new("/nowhere/by-hand")]
+        );
+        assert!(Directory::of(directory.path(), Path::new("/nowhere/by-hand")).scratch("scratch").exists());
+    }
 }

@@ -1,7 +1,7 @@
 //! How full a published volume is, and whether it is well.
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -71,10 +71,6 @@ impl Volumes {
             let message = format!("volume {volume_id} is not published at {}", path.display());
             return Err(Error::new(Kind::NotFound, message));
         };
-        let places = match self.preparer.ask(&record.publication.mount).await {
-            Ok(places) => places,
-            Err(error) => return Ok(Stats { usage: None, abnormal: Some(error.message) }),
-        };
         let step = format!("look at {}", path.display());
         let look = {
             let (path, scratch) = (path.to_owned(), record.scratch.as_ref().map(|name| directory.scratch(name)));
@@ -84,13 +80,16 @@ impl Volumes {
             }
         };
         let look = async {
-            Ok::<_, Error>(match places {
-                Some(places) => places.run(&step, look).await??,
-                None => blocking::run(&step, look).await??,
-            })
+            match self.preparer.ask(&record.publication.mount).await {
+                Ok(places) => Ok::<_, Error>(Ok(blocking::run_at(places, &step, look).await??)),
+                Err(error) => Ok(Err(error)),
+            }
         };
         let late = |_| Error::new(Kind::DeadlineExceeded, format!("{step}: no answer: is the NFS server up?"));
-        let usage = tokio::time::timeout(self.config.timeout, look).await.map_err(late)??;
+        let usage = match tokio::time::timeout(self.config.timeout, look).await.map_err(late)?? {
+            Ok(usage) => usage,
+            Err(error) => return Ok(Stats { usage: None, abnormal: Some(error.message) }),
+        };
         let abnormal = self.what_is_wrong(&record, usage.is_some()).await;
         Ok(Stats { usage, abnormal })
     }
@@ -120,14 +119,16 @@ fn measure(path: &Path, scratch: Option<&Path>) -> kernel::Result<(Usage, Usage)
 /// The disk space and the number of files below a directory, while its owner goes on to change it: by file descriptors, so that no
 /// symlink put in a directory's place is followed.
 fn tree_usage(directory: &Path) -> rustix::io::Result<(u64, u64)> {
-    let open = |base: &OwnedFd, name: &OsStr| {
+    let open = |base: BorrowedFd<'_>, name: &OsStr| {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat(base, name, flags, Mode::empty())
     };
     let root = rustix::fs::openat(CWD, directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let (mut bytes, mut files) = (0, 0);
-    let mut levels = vec![Dir::new(open(&root, OsStr::new("."))?)?];
-    while let Some(level) = levels.last_mut() {
+    let mut levels = vec![Dir::new(open(root.as_fd(), OsStr::new("."))?)?];
+    loop {
+        let depth = levels.len();
+        let Some(level) = levels.last_mut() else { break };
         let Some(entry) = level.read() else {
             levels.pop();
             continue;
@@ -137,8 +138,8 @@ fn tree_usage(directory: &Path) -> rustix::io::Result<(u64, u64)> {
         if name == "." || name == ".." {
             continue;
         }
-        let here = level.fd()?.try_clone_to_owned().map_err(|_| Errno::MFILE)?;
-        let stat = match rustix::fs::statat(&here, &name, AtFlags::SYMLINK_NOFOLLOW) {
+        let here = level.fd()?;
+        let stat = match rustix::fs::statat(here, &name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => continue,
             stat => stat?,
         };
@@ -147,8 +148,8 @@ fn tree_usage(directory: &Path) -> rustix::io::Result<(u64, u64)> {
         if files >= ENTRIES as u64 {
             break;
         }
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory && levels.len() < DEPTH {
-            match open(&here, &name) {
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory && depth < DEPTH {
+            match open(here, &name) {
                 Ok(directory) => levels.push(Dir::new(directory)?),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
                 Err(errno) => return Err(errno),

@@ -8,24 +8,28 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+
+use super::lock;
 
 /// A directory on the same file system as what is thrown into it.
 #[derive(Clone, Debug)]
 pub struct Trash {
     path: PathBuf,
     count: Arc<AtomicU64>,
+    deletions: Arc<Mutex<Vec<JoinHandle<()>>>>,
 }
 
 impl Trash {
     /// Makes the directory.
     pub fn new(path: PathBuf) -> io::Result<Self> {
         std::fs::create_dir_all(&path)?;
-        Ok(Trash { path, count: Arc::default() })
+        Ok(Trash { path, count: Arc::default(), deletions: Arc::default() })
     }
 
     /// Deletes in the background what an earlier process left.
@@ -49,7 +53,7 @@ impl Trash {
 
     /// Takes a directory from its place. One that is not there is no error.
     pub fn throw(&self, directory: &Path) -> io::Result<()> {
-        let trash = self.open()?;
+        let trash = open_directory(rustix::fs::CWD, self.path.as_os_str())?;
         match self.move_here(&trash, rustix::fs::CWD, directory.as_os_str()) {
             Ok(name) => {
                 self.empty(vec![name]);
@@ -58,10 +62,6 @@ impl Trash {
             Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
-    }
-
-    fn open(&self) -> io::Result<OwnedFd> {
-        Ok(open_directory(rustix::fs::CWD, self.path.as_os_str())?)
     }
 
     fn name(&self) -> OsString {
@@ -82,40 +82,61 @@ impl Trash {
 
     fn empty(&self, names: Vec<OsString>) {
         let trash = self.clone();
-        let delete = move || {
-            if let Err(error) = trash.delete(names) {
-                tracing::error!("delete what is in {}: {error}", trash.path.display());
+        // What cannot be deleted now is tried again when the driver starts anew.
+        match std::thread::Builder::new().name("trash".into()).spawn(move || trash.delete(names)) {
+            Ok(deletion) => {
+                let mut deletions = lock(&self.deletions);
+                deletions.retain(|deletion| !deletion.is_finished());
+                deletions.push(deletion);
             }
-        };
-        // What cannot be deleted now is deleted when the driver starts again.
-        if let Err(error) = std::thread::Builder::new().name("trash".into()).spawn(delete) {
-            tracing::error!("delete what is in {}: start a thread: {error}", self.path.display());
+            Err(error) => tracing::error!("delete what is in {}: start a thread: {error}", self.path.display()),
         }
     }
 
-    /// Deletes trees of the trash: a directory's directories become entries of the trash themselves.
-    fn delete(&self, mut names: Vec<OsString>) -> io::Result<()> {
-        let trash = self.open()?;
-        while let Some(name) = names.pop() {
-            let directory = match open_directory(&trash, &name) {
-                Ok(directory) => directory,
-                Err(Errno::NOENT) => continue,
-                Err(errno) => return Err(errno.into()),
-            };
-            for entry in Dir::read_from(&directory)? {
-                let entry = entry?;
-                let entry = OsStr::from_bytes(entry.file_name().to_bytes());
-                if entry == "." || entry == ".." {
-                    continue;
-                }
-                match rustix::fs::unlinkat(&directory, entry, AtFlags::empty()) {
-                    Err(Errno::ISDIR) => names.push(self.move_here(&trash, &directory, entry)?),
-                    answer => answer?,
-                }
-            }
-            rustix::fs::unlinkat(&trash, &name, AtFlags::REMOVEDIR)?;
+    /// Waits until what was thrown is deleted: for a process that ends.
+    pub fn finish(&self) {
+        let deletions = std::mem::take(&mut *lock(&self.deletions));
+        for deletion in deletions {
+            // One that panicked has said so.
+            let _ = deletion.join();
         }
-        Ok(())
+    }
+
+    /// Deletes trees of the trash: a directory's directories become entries of the trash themselves. What cannot be deleted is in the
+    /// way of nothing else.
+    fn delete(&self, mut names: Vec<OsString>) {
+        let failed = |name: &OsStr, errno: Errno| {
+            tracing::error!("delete {}: {}", self.path.join(name).display(), io::Error::from(errno));
+        };
+        let trash = match open_directory(rustix::fs::CWD, self.path.as_os_str()) {
+            Ok(trash) => trash,
+            Err(errno) => return failed(OsStr::new(""), errno),
+        };
+        while let Some(name) = names.pop() {
+            match self.delete_one(&trash, &name, &mut names) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => failed(&name, errno),
+            }
+        }
+    }
+
+    fn delete_one(&self, trash: &OwnedFd, name: &OsStr, directories: &mut Vec<OsString>) -> rustix::io::Result<()> {
+        let directory = open_directory(trash, name)?;
+        let mut first = Ok(());
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let entry = OsStr::from_bytes(entry.file_name().to_bytes());
+            if entry == "." || entry == ".." {
+                continue;
+            }
+            let deleted = match rustix::fs::unlinkat(&directory, entry, AtFlags::empty()) {
+                Err(Errno::ISDIR) => self.move_here(trash, &directory, entry).map(|name| directories.push(name)),
+                answer => answer,
+            };
+            first = first.and(deleted);
+        }
+        first?;
+        rustix::fs::unlinkat(trash, name, AtFlags::REMOVEDIR)
     }
 }
 
@@ -144,9 +165,23 @@ mod tests {
         }
         let trash = Trash::new(directory.path().join("trash")).unwrap();
         std::fs::rename(&tree, directory.path().join("trash/left")).unwrap();
-        trash.delete(vec!["left".into()]).unwrap();
+        trash.delete(vec!["left".into()]);
         assert_eq!(std::fs::read_dir(directory.path().join("trash")).unwrap().count(), 0);
         assert!(precious.join("file").exists());
         trash.throw(&tree).unwrap();
+    }
+
+    #[test]
+    fn what_is_thrown_is_gone_when_the_deletions_are_finished() {
+        let directory = tempfile::tempdir().unwrap();
+        let trash = Trash::new(directory.path().join("trash")).unwrap();
+        for name in ["a", "b"] {
+            let tree = directory.path().join(name);
+            std::fs::create_dir_all(tree.join("d/e")).unwrap();
+            std::fs::write(tree.join("d/file"), "").unwrap();
+            trash.throw(&tree).unwrap();
+        }
+        trash.finish();
+        assert_eq!(std::fs::read_dir(directory.path().join("trash")).unwrap().count(), 0);
     }
 }
