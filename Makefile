@@ -33,6 +33,7 @@ client:
 
 # The same bytes from the same program: nothing of the time or the machine gets into the archive's layers.
 IMAGE = ghcr.io/csi-driver-squashfs/csi-driver-squashfs
+ARCHIVE = target/image/csi-driver-squashfs-$(ARCH).tar
 ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
 BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/target/image/storage --runroot $(CURDIR)/target/image/run
 
@@ -42,7 +43,7 @@ image: build tools ## build the container image, an OCI archive below target/ima
 	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml); \
 	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $(IMAGE):$$version \
 		--file Containerfile $(BUILT) && \
-	$(BUILDAH) push --quiet $(IMAGE):$$version oci-archive:target/image/csi-driver-squashfs-$(ARCH).tar:$(IMAGE):$$version
+	$(BUILDAH) push --quiet $(IMAGE):$$version oci-archive:$(ARCHIVE):$(IMAGE):$$version
 	@$(SUDO) rm -rf target/image/storage target/image/run
 	@ls -l target/image
 
@@ -51,7 +52,7 @@ demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
 
 .PHONY: test
-test: test-unit test-host test-vm test-sanity test-chart test-prometheus test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
+test: test-unit test-host test-vm test-sanity test-chart test-prometheus test-image test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
 
 .PHONY: test-unit
 test-unit: ## run the tests of pure logic; no root needed
@@ -102,6 +103,10 @@ chart: $(CHART_PROGRAMS) ## write what follows from the Helm chart anew: its REA
 test-chart: tools $(CHART_PROGRAMS) $(PROMETHEUS) target/tools/kubernetes-schemas/complete build ## check the Helm chart and the manifests (needs Go; first time: ten minutes)
 	e2e/chart --driver $(BUILT)/csi-driver-squashfs
 
+.PHONY: test-image
+test-image: image ## look into the container image, and make it again
+	e2e/image $(ARCHIVE)
+
 .PHONY: test-prometheus
 test-prometheus: client target/tools/helm target/tools/yq $(PROMETHEUS) ## run the alerts and the dashboard on a real Prometheus, in the virtual machine (needs Go)
 	$(VM) $(addprefix --bin ,target/tools/helm target/tools/yq $(PROMETHEUS)) --copy $(CLIENT) --copy charts/csi-driver-squashfs --copy e2e/prometheus -- /root/prometheus
@@ -125,7 +130,7 @@ kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests r
 test-kubernetes: kubernetes target/tools/helm build image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
 	$(VM) --memory 4096 --timeout 5400 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
-		--copy target/image/csi-driver-squashfs-$(ARCH).tar --copy charts --copy manifests/examples --copy e2e/kubernetes \
+		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
 .PHONY: soak
@@ -142,7 +147,7 @@ lint: tools ## check format, lints, licences and advisories, shell scripts
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
 	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run \
-		e2e/chart e2e/prometheus charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
+		e2e/chart e2e/image e2e/prometheus charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
 		e2e/kubernetes/image e2e/kubernetes/kubelet e2e/kubernetes/node e2e/kubernetes/scenarios
 
 .PHONY: schema
