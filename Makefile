@@ -38,7 +38,9 @@ ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
 BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/target/image/storage --runroot $(CURDIR)/target/image/run
 
 .PHONY: image
-image: build tools ## build the container image, an OCI archive below target/image, without a registry or a daemon
+image: tools ## build the container image, an OCI archive below target/image, without a registry or a daemon
+	@# Not by "build", after which tests may have put one with their own features of the same crates in its place.
+	cargo build --release --locked
 	@$(SUDO) rm -rf target/image && mkdir -p target/image
 	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml); \
 	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $(IMAGE):$$version \
