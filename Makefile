@@ -131,7 +131,7 @@ kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests r
 .PHONY: test-kubernetes
 test-kubernetes: kubernetes target/tools/helm build image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
-	$(VM) --memory 4096 --timeout 5400 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
+	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
 		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
