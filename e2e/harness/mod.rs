@@ -5,6 +5,8 @@
 pub mod image;
 pub mod kernel;
 pub mod killed;
+pub mod nfs_server;
+pub mod node;
 pub mod tracer;
 
 use std::collections::HashMap;

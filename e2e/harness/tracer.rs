@@ -93,6 +93,7 @@ impl Tracer {
         }
         self.stop.store(true, Ordering::SeqCst);
         // The tracer waits for the process; a signal that the process ignores wakes it.
+        // SAFETY: kill(2) touches no memory.
         unsafe { libc::kill(self.pid, libc::SIGURG) };
         self.thread.join().unwrap()
     }
@@ -113,6 +114,7 @@ impl Trace {
         loop {
             let mut status = 0;
             // Of this thread's tracees alone: the other children are none of its business.
+            // SAFETY: waitpid(2) writes into a status that is there until it returns.
             let thread = unsafe { libc::waitpid(-1, &mut status, libc::__WALL | libc::__WNOTHREAD) };
             if thread < 0 {
                 let error = std::io::Error::last_os_error();
@@ -134,6 +136,7 @@ impl Trace {
                     (0, by) if by == SYSCALL_STOP => {
                         report.killed = self.entered(thread, &mut report);
                         if report.killed {
+                            // SAFETY: as in `finish`.
                             unsafe { libc::kill(self.pid, libc::SIGKILL) };
                             return report;
                         }

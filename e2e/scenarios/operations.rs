@@ -17,8 +17,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::harness::image::Tree;
 use super::harness::kernel::rpcs;
+use super::harness::nfs_server::{Link, StuckServer, fresh_caches};
+use super::harness::node::{in_time, start_with};
 use super::harness::{Driver, Volume, binary, run, wait_for};
-use super::outage::{Link, StuckServer, fresh_caches, in_time, start_with};
 use super::{seed, server};
 
 const HTTP: &str = "127.0.0.1:29661";

@@ -1,77 +1,27 @@
 //! The server dies: every call ends, what was mounted goes on, and teardown needs nobody's help.
 
 use std::fs;
-use std::io::BufRead;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use csi_driver_squashfs::csi::v1::ProbeRequest;
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::Code;
 
 use super::harness::image::Tree;
+use super::harness::nfs_server::{Link, StuckServer, fresh_caches};
+use super::harness::node::{in_time, node_is_well, start_with};
 use super::harness::{Driver, Volume, run, wait_for};
 use super::{nfs, seed, squashfs};
 
-/// More than any call may take: the deadline of the driver under test is 20 s.
-const DEADLINE: Duration = Duration::from_secs(30);
-
 fn start() -> Driver {
     start_with(&["--timeout=20"], None)
-}
-
-pub fn start_with(arguments: &[&str], policy: Option<&str>) -> Driver {
-    let driver = Driver::start_with(arguments, policy);
-    // The first call opens the client's connection, which is none of what may leak.
-    node_is_well(&driver);
-    driver
-}
-
-/// The server behind a link that is whole again when the scenario ends, however it ends.
-pub struct Link;
-
-impl Link {
-    pub fn cut() -> Self {
-        run("nfs-server", &["cut"]);
-        Link
-    }
-
-    pub fn restore(self) {}
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        let _ = Command::new("nfs-server").arg("restore").status();
-    }
-}
-
-/// Runs a call that must end within its deadline, whatever the server does.
-pub fn in_time<T>(what: &str, call: impl FnOnce() -> T) -> T {
-    let start = Instant::now();
-    let answer = call();
-    assert!(start.elapsed() < DEADLINE, "{what} took {:?}", start.elapsed());
-    answer
-}
-
-pub fn fresh_caches() {
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
 /// The threads and open files of the driver.
 fn resources(driver: &Driver) -> (usize, usize) {
     let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", driver.pid())).unwrap().count();
     (count("task"), count("fd"))
-}
-
-/// What a node's own tools do all the time.
-fn node_is_well(driver: &Driver) {
-    in_time("df", || run("df", &[]));
-    // Down to the roots of volumes, and not into them: what is in an image is read from the server.
-    let pods = driver.directory.join("pods");
-    in_time("find", || run("find", &[pods.to_str().unwrap(), "-maxdepth", "2", "-ls"]));
-    let probe = in_time("Probe", || driver.block_on(async { driver.identity().probe(ProbeRequest {}).await }));
-    assert_eq!(probe.unwrap().into_inner().ready, Some(true));
 }
 
 #[test]
@@ -213,47 +163,6 @@ fn a_call_that_hangs_is_answered_and_undone_by_the_next() {
     driver.kill();
     drop(server);
     driver.assert_nothing_left();
-}
-
-/// Something that takes connections on this node, answers the NULL call, and says no more until it is dropped.
-pub struct StuckServer {
-    port: u16,
-    process: std::process::Child,
-}
-
-impl StuckServer {
-    pub fn start() -> Self {
-        let program = "
-import socketserver
-class Handler(socketserver.BaseRequestHandler):
-    def handle(self):
-        call = self.request.recv(44, 0x100)
-        self.request.sendall(bytes([128, 0, 0, 24]) + call[4:8] + bytes([0, 0, 0, 1]) + bytes(16))
-        while self.request.recv(4096):
-            pass
-server = socketserver.ThreadingTCPServer(('127.0.0.1', 0), Handler)
-print(server.server_address[1], flush=True)
-server.serve_forever()
-";
-        let mut process =
-            Command::new("python3").args(["-c", program]).stdout(std::process::Stdio::piped()).spawn().unwrap();
-        let mut port = String::new();
-        std::io::BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
-        StuckServer { port: port.trim().parse().unwrap(), process }
-    }
-
-    /// The spec of one of its exports.
-    pub fn export(&self, path: &str) -> Value {
-        json!({"kind": "nfs", "nfs": {"host": "127.0.0.1", "path": path, "ro": true,
-            "options": [format!("port={}", self.port)]}})
-    }
-}
-
-impl Drop for StuckServer {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 #[test]

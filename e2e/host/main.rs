@@ -1,13 +1,10 @@
 //! The tests that need root and this machine's loop devices, but no NFS: images of the node itself. `make test-host`.
 
-#[path = "harness/mod.rs"]
+#[path = "../harness/mod.rs"]
 mod harness;
 
-#[path = "host/history.rs"]
 mod history;
-#[path = "host/killed.rs"]
 mod killed;
-#[path = "host/long_life.rs"]
 mod long_life;
 
 use std::fs;

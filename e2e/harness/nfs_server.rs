@@ -1,0 +1,72 @@
+//! The NFS servers of scenarios: the link to the one of the virtual machine, and one that is stuck.
+
+use std::fs;
+use std::io::BufRead;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+
+use super::run;
+
+/// The server behind a link that is whole again when the scenario ends, however it ends.
+pub struct Link;
+
+impl Link {
+    pub fn cut() -> Self {
+        run("nfs-server", &["cut"]);
+        Link
+    }
+
+    pub fn restore(self) {}
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _ = Command::new("nfs-server").arg("restore").status();
+    }
+}
+
+/// Something that takes connections on this node, answers the NULL call, and says no more until it is dropped.
+pub struct StuckServer {
+    port: u16,
+    process: Child,
+}
+
+impl StuckServer {
+    pub fn start() -> Self {
+        let program = "
+import socketserver
+class Handler(socketserver.BaseRequestHandler):
+    def handle(self):
+        call = self.request.recv(44, 0x100)
+        self.request.sendall(bytes([128, 0, 0, 24]) + call[4:8] + bytes([0, 0, 0, 1]) + bytes(16))
+        while self.request.recv(4096):
+            pass
+server = socketserver.ThreadingTCPServer(('127.0.0.1', 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+";
+        let mut process = Command::new("python3").args(["-c", program]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut port = String::new();
+        std::io::BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
+        StuckServer { port: port.trim().parse().unwrap(), process }
+    }
+
+    /// The spec of one of its exports.
+    pub fn export(&self, path: &str) -> Value {
+        json!({"kind": "nfs", "nfs": {"host": "127.0.0.1", "path": path, "ro": true,
+            "options": [format!("port={}", self.port)]}})
+    }
+}
+
+impl Drop for StuckServer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// What is read after this is read from the server.
+pub fn fresh_caches() {
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
