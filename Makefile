@@ -51,7 +51,7 @@ image: tools ## build the container image, an OCI archive below target/image, wi
 
 .PHONY: demo
 demo: client ## show the main job on real parts, in a virtual machine
-	@$(VM) --copy $(CLIENT) --copy e2e/demo -- /root/demo
+	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/demo -- /root/demo
 
 .PHONY: test
 test: test-unit test-host test-vm test-sanity test-chart test-prometheus test-image test-kubernetes ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
@@ -71,7 +71,7 @@ test-vm: tools ## run the scenarios in the virtual machine (KERNEL=6.1 for anoth
 
 .PHONY: test-sanity
 test-sanity: target/tools/csi-sanity build ## run the CSI project's own conformance tests in the virtual machine (needs Go)
-	$(VM) --copy $< --copy e2e/sanity -- /root/sanity
+	$(VM) --copy $< --copy e2e/lib.sh --copy e2e/sanity -- /root/sanity
 
 # Where a target needs Go, it says so.
 GO = $(or $(shell command -v go),$(error $@ needs Go 1.26 or newer: https://go.dev/dl))
@@ -132,7 +132,7 @@ kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests r
 test-kubernetes: kubernetes target/tools/helm build image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
 	$(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
-		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/kubernetes \
+		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
 .PHONY: soak
@@ -141,7 +141,7 @@ soak: tools ## run the long tests at full length
 
 .PHONY: bench
 bench: client ## measure against the tools that users would pick, in the virtual machine
-	@$(VM) --copy $(CLIENT) --copy e2e/bench -- /root/bench
+	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
 
 .PHONY: lint
 lint: tools ## check format, lints, licences and advisories, shell scripts
@@ -150,7 +150,7 @@ lint: tools ## check format, lints, licences and advisories, shell scripts
 	cargo deny --locked check licenses bans sources
 	shellcheck e2e/vm e2e/demo e2e/bench e2e/sanity e2e/guest/build e2e/guest/init e2e/guest/initramfs e2e/guest/nfs-server .ci/run \
 		e2e/chart e2e/image e2e/prometheus charts/tools/generate charts/tools/schemas e2e/kubernetes/cluster e2e/kubernetes/controller \
-		e2e/kubernetes/image e2e/kubernetes/kubelet e2e/kubernetes/node e2e/kubernetes/scenarios
+		e2e/kubernetes/image e2e/kubernetes/kubelet e2e/kubernetes/node e2e/kubernetes/scenarios e2e/lib.sh
 
 .PHONY: schema
 schema: ## write the JSON Schema of the mount spec anew
