@@ -123,8 +123,9 @@ $(PROMETHEUS) &: | tools
 		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/prometheus ./usr/bin/promtool && \
 		rm prometheus_*.deb
 
+target/tools/kubernetes-schemas/complete: private ring = schemas
 target/tools/kubernetes-schemas/complete: charts/tools/schemas | tools
-	$< $(@D)
+	$(BESIDE) $< $(@D)
 
 .PHONY: chart
 chart: $(PROGRAMS) target/tools/helm ## write what follows from the Helm chart anew: its README.md and the manifests (needs Go)
