@@ -80,7 +80,7 @@ compile:
 	$(RING) cargo test --release --locked --no-run
 
 .PHONY: test-unit
-test-unit: ## run the tests of pure logic; no root needed
+test-unit: ## run the tests of pure logic, and of the core on a double of the kernel; no root needed
 	$(RING) cargo test --release --locked --lib --bins
 
 .PHONY: test-host

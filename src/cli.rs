@@ -22,22 +22,6 @@ pub struct Global {
     /// The CSI driver's name; the data directory and the driver's marks on loop devices and mounts follow from it
     #[arg(long, global = true, env = "DRIVER_NAME", default_value = "squashfs.csi.dev", value_parser = driver_name)]
     pub driver_name: String,
-    /// Where scratch layers and records live [default: /var/lib/kubelet/plugins/DRIVER_NAME]
-    #[arg(long, global = true, env = "DATA_DIR", value_name = "DIRECTORY")]
-    pub data_dir: Option<PathBuf>,
-    /// Where the node's root directory is seen, for specs with base "root"
-    #[arg(long, global = true, env = "HOST_ROOT", value_name = "DIRECTORY", default_value = "/")]
-    pub host_root: PathBuf,
-    /// What users may mount (YAML) [default: any NFS server, nothing from the node]
-    #[arg(long, global = true, env = "POLICY", value_name = "FILE")]
-    pub policy: Option<PathBuf>,
-    /// How far the kernel reads ahead in files of NFS exports: an image is read in calls of up to this size, where the server
-    /// takes them [default: the kernel's, 128]
-    #[arg(long, global = true, env = "NFS_READ_AHEAD", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=65536))]
-    pub nfs_read_ahead: Option<u32>,
-    /// How many seconds a call may take before it is answered; its work goes on
-    #[arg(long, global = true, env = "TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
-    pub timeout: u64,
     /// What to log: error, warn, info, debug, trace
     #[arg(long, global = true, env = "LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
@@ -45,11 +29,58 @@ pub struct Global {
     pub log_format: LogFormat,
 }
 
-impl Global {
-    pub fn data_dir(&self) -> PathBuf {
-        let default = || Path::new("/var/lib/kubelet/plugins").join(&self.driver_name);
+/// The flag of subcommands that read a spec.
+#[derive(Args)]
+pub struct PolicyFile {
+    /// What users may mount (YAML) [default: any NFS server, nothing from the node]
+    #[arg(long, env = "POLICY", value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+}
+
+/// The flag of subcommands that look at volumes.
+#[derive(Args)]
+pub struct DataDir {
+    /// Where scratch layers and records live [default: /var/lib/kubelet/plugins/DRIVER_NAME]
+    #[arg(long, env = "DATA_DIR", value_name = "DIRECTORY")]
+    data_dir: Option<PathBuf>,
+}
+
+impl Mounting {
+    /// For what mounts nothing.
+    pub fn nothing(data_dir: DataDir, timeout: Timeout) -> Self {
+        Mounting { data_dir, timeout, host_root: "/".into(), nfs_read_ahead: None }
+    }
+}
+
+impl DataDir {
+    pub fn path(&self, driver_name: &str) -> PathBuf {
+        let default = || Path::new("/var/lib/kubelet/plugins").join(driver_name);
         self.data_dir.clone().unwrap_or_else(default)
     }
+}
+
+/// The flags of subcommands that mount volumes.
+#[derive(Args)]
+pub struct Mounting {
+    #[command(flatten)]
+    pub data_dir: DataDir,
+    /// Where the node's root directory is seen, for specs with base "root"
+    #[arg(long, env = "HOST_ROOT", value_name = "DIRECTORY", default_value = "/")]
+    pub host_root: PathBuf,
+    /// How far the kernel reads ahead in files of NFS exports: an image is read in calls of up to this size, where the server
+    /// takes them [default: the kernel's, 128]
+    #[arg(long, env = "NFS_READ_AHEAD", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=65536))]
+    pub nfs_read_ahead: Option<u32>,
+    #[command(flatten)]
+    pub timeout: Timeout,
+}
+
+/// The flag of subcommands that wait for the kernel.
+#[derive(Args)]
+pub struct Timeout {
+    /// How many seconds a call may take before it is answered
+    #[arg(long = "timeout", env = "TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
+    pub seconds: u64,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -75,6 +106,8 @@ pub enum Command {
     Controller {
         #[command(flatten)]
         serve: Serve,
+        #[command(flatten)]
+        policy: PolicyFile,
     },
     /// Mount a spec by hand
     Mount {
@@ -85,16 +118,26 @@ pub enum Command {
         /// Without the writable layer
         #[arg(long)]
         read_only: bool,
+        #[command(flatten)]
+        mounting: Mounting,
+        #[command(flatten)]
+        policy: PolicyFile,
     },
     /// Unmount what `mount` mounted
     Unmount {
         /// The directory that was mounted at; it is removed
         target: PathBuf,
+        #[command(flatten)]
+        data_dir: DataDir,
+        #[command(flatten)]
+        timeout: Timeout,
     },
     /// Print the steps that mounting a spec would take
     Plan {
         /// A file with the JSON mount spec, or - for standard input
         spec: PathBuf,
+        #[command(flatten)]
+        policy: PolicyFile,
     },
     /// Look whether this node can do what the driver needs, and say what to do where it cannot
     Doctor {
@@ -103,6 +146,10 @@ pub enum Command {
         /// Where the kubelet keeps its pods
         #[arg(long, env = "KUBELET_DIR", value_name = "DIRECTORY", default_value = "/var/lib/kubelet")]
         kubelet_dir: PathBuf,
+        #[command(flatten)]
+        data_dir: DataDir,
+        #[command(flatten)]
+        policy: PolicyFile,
     },
     /// Print the Kubernetes objects that do what a container of the Kraken ImageAPI does
     Convert {
@@ -114,11 +161,15 @@ pub enum Command {
         /// The container image that starts the command by chroot(1)
         #[arg(long, default_value = "debian:13")]
         container_image: String,
+        #[command(flatten)]
+        policy: PolicyFile,
     },
     /// Print the volumes of this node, down to loop device, image and export
     Status {
         #[arg(long, short, value_enum, default_value_t = Output::Text)]
         output: Output,
+        #[command(flatten)]
+        data_dir: DataDir,
     },
 }
 
@@ -136,6 +187,10 @@ pub struct NodeArguments {
     /// endpoint by the same path [default: something else registers it]
     #[arg(long, env = "PLUGIN_REGISTRY", value_name = "DIRECTORY")]
     pub plugin_registry: Option<PathBuf>,
+    #[command(flatten)]
+    pub mounting: Mounting,
+    #[command(flatten)]
+    pub policy: PolicyFile,
 }
 
 #[derive(Args)]

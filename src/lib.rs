@@ -1,25 +1,42 @@
 //! A Kubernetes CSI driver for images on NFS: a squashfs file on an NFS export becomes a directory in a pod, and the
 //! kernel alone serves it.
 //!
-//! A request comes in at a [`socket`] to [`csi`], which reads what the user wants by [`spec`] and gives it to [`volume`]; that
-//! decides when [`kernel`] does what. Arrows point one way: `csi -> volume -> {spec, kernel}`; `spec` and `kernel` know nobody,
-//! and everybody may count in [`metrics`].
+//! A request comes in at a socket to [`csi`], which reads what the user wants by [`spec`] and gives it to [`volume`]; that
+//! decides when [`kernel`] does what. Each part uses only those behind it, which `imports.rs` tests:
+//!
+//! ```text
+//! csi, ops -> volume -> volume::report -> volume::source -> kernel, spec
+//! csi, ops -> kubernetes -> spec
+//! ```
+//!
+//! `spec` and `kernel` know nobody. `error`, `blocking`, `single_flight`, `lock` and `metrics` lie below them all: there an operation
+//! fails, waits for a thread, is done once for several callers, or is counted.
 //!
 //! | a line about | goes to |
 //! | --- | --- |
 //! | what a parameter means, what is refused, what the admin allows | [`spec`] |
 //! | one system call, one file system, one device | [`kernel`] |
-//! | who waits for whom, what is shared, what is cleaned up | [`volume`] |
+//! | who waits for whom, what is shared and cleaned up | [`volume`] |
+//! | what is written down | `volume::record` |
+//! | asking servers, attaching images, making a mount of it all | `volume::source` |
+//! | looking at what is there: usage, condition, status | `volume::report` |
+//! | a class of errors, a thread that waits, work that is done once for several | `error.rs`, `blocking.rs`, `single_flight.rs` |
 //! | a field of a CSI message, a gRPC code | [`csi`] |
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |
 //! | what an operator sees: health, metrics, the doctor | [`ops`] |
 //! | a flag or a subcommand | `cli.rs`, `main.rs` |
 
+mod blocking;
 pub mod csi;
+mod error;
+#[cfg(test)]
+mod imports;
 pub mod kernel;
 pub mod kubernetes;
-pub mod metrics;
+mod lock;
+mod metrics;
 pub mod ops;
-pub mod socket;
+mod single_flight;
+mod socket;
 pub mod spec;
 pub mod volume;

@@ -5,19 +5,20 @@ mod cli;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
 use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
+use csi_driver_squashfs::kernel::Linux;
 use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
 use csi_driver_squashfs::kubernetes::registration::{self, Registered};
-use csi_driver_squashfs::ops::doctor::{self, Patient, Verdict};
+use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
 use csi_driver_squashfs::ops::{self, Watched};
 use csi_driver_squashfs::spec::policy::Policy;
-use csi_driver_squashfs::spec::{self, Mount};
+use csi_driver_squashfs::spec::{self, Parsed};
 use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,9 +26,9 @@ use tokio::sync::watch;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
-use cli::{Cli, Command, Global, LogFormat, NodeArguments, Output, Serve};
+use cli::{Cli, Command, DataDir, Global, LogFormat, Mounting, NodeArguments, Output, PolicyFile, Serve};
 
-type Outcome = Result<(), Box<dyn std::error::Error>>;
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -44,34 +45,44 @@ fn main() -> ExitCode {
 /// One thread serves all calls: whatever waits for the kernel has a thread of its own.
 #[tokio::main(flavor = "current_thread")]
 async fn run(cli: Cli) -> Outcome {
-    let global = cli.global;
-    match cli.command {
-        Command::Node(arguments) => node(global, arguments).await,
-        Command::Controller { serve } => controller(global, serve).await,
-        Command::Mount { spec, target, read_only } => mount(global, &spec, &target, read_only).await,
-        Command::Unmount { target } => unmount(global, &target).await,
-        Command::Plan { spec } => plan(&global, &spec),
-        Command::Doctor { servers, kubelet_dir } => doctor(&global, servers, kubelet_dir).await,
-        Command::Convert { container, namespace, container_image } => {
-            convert(&global, &container, &namespace, &container_image)
+    let Cli { command, global } = cli;
+    let name = &global.driver_name;
+    match command {
+        Command::Node(arguments) => node(name, arguments).await,
+        Command::Controller { serve, policy } => controller(name, serve, &policy).await,
+        Command::Mount { spec, target, read_only, mounting, policy } => {
+            mount(name, &spec, &target, read_only, mounting, &policy).await
         }
-        Command::Status { output } => show_status(&global, output),
+        Command::Unmount { target, data_dir, timeout } => {
+            unmount(name, &target, Mounting::nothing(data_dir, timeout)).await
+        }
+        Command::Plan { spec, policy } => plan(&spec, &policy),
+        Command::Doctor { servers, kubelet_dir, data_dir, policy } => {
+            let data_dir = data_dir.path(name);
+            doctor(Examined { data_dir, kubelet_dir, policy: read_policy(&policy)?, servers }).await
+        }
+        Command::Convert { container, namespace, container_image, policy } => {
+            let surroundings =
+                Surroundings { driver_name: name, namespace: &namespace, container_image: &container_image };
+            convert(&container, &policy, &surroundings)
+        }
+        Command::Status { output, data_dir } => show_status(name, &data_dir, output),
     }
 }
 
-async fn node(global: Global, arguments: NodeArguments) -> Outcome {
-    let NodeArguments { serve: Serve { endpoint, http_address }, node_id, controller, plugin_registry } = arguments;
-    let policy = policy(&global)?;
-    let driver_name = global.driver_name.clone();
-    let identity = Identity { driver_name: driver_name.clone(), controller, node: true };
-    let controller = controller.then(|| Controller::new(policy.clone(), &driver_name));
+async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
+    let NodeArguments { serve, node_id, controller, plugin_registry, mounting, policy } = arguments;
+    let Serve { endpoint, http_address } = serve;
+    let policy = Arc::new(read_policy(&policy)?);
+    let identity = Identity { driver_name: driver_name.to_owned(), controller, node: true };
+    let controller = controller.then(|| Controller::new(Arc::clone(&policy), driver_name));
     raise_file_limit();
     for missing in volume::missing().await? {
         tracing::warn!("this node lacks: {missing}");
     }
-    let volumes = volumes(global)?;
+    let volumes = volumes(driver_name, mounting, policy)?;
     volumes.sweep();
-    let node = Node { node_id, policy, volumes: Arc::clone(&volumes) };
+    let node = Node { node_id, volumes: Arc::clone(&volumes) };
     let stop = stop()?;
     let registered = watch::Sender::new(Registered::NotYet);
     let known = plugin_registry.is_some().then(|| registered.subscribe());
@@ -79,7 +90,7 @@ async fn node(global: Global, arguments: NodeArguments) -> Outcome {
     let register = async {
         match &plugin_registry {
             Some(registry) => {
-                registration::serve(registry, &driver_name, endpoint.path(), registered, stopped(&stop)).await
+                registration::serve(registry, driver_name, endpoint.path(), registered, stopped(&stop)).await
             }
             None => Ok(()),
         }
@@ -92,9 +103,9 @@ async fn node(global: Global, arguments: NodeArguments) -> Outcome {
     Ok(())
 }
 
-async fn controller(global: Global, arguments: Serve) -> Outcome {
-    let controller = Controller::new(policy(&global)?, &global.driver_name);
-    let identity = Identity { driver_name: global.driver_name, controller: true, node: false };
+async fn controller(driver_name: &str, arguments: Serve, policy: &PolicyFile) -> Outcome {
+    let controller = Controller::new(Arc::new(read_policy(policy)?), driver_name);
+    let identity = Identity { driver_name: driver_name.to_owned(), controller: true, node: false };
     let stop = stop()?;
     let watched = Watched::new(arguments.endpoint.path().to_owned(), None, None);
     tokio::try_join!(
@@ -115,33 +126,41 @@ async fn watch_over(
     }
 }
 
-async fn mount(global: Global, spec: &Path, target: &Path, read_only: bool) -> Outcome {
-    let mount = read_spec(&global, spec)?;
+async fn mount(
+    driver_name: &str,
+    spec: &Path,
+    target: &Path,
+    read_only: bool,
+    mounting: Mounting,
+    policy: &PolicyFile,
+) -> Outcome {
+    let (spec, policy) = read_spec(spec, policy)?;
     let target = std::path::absolute(target)?;
-    let volumes = volumes(global)?;
+    let volumes = volumes(driver_name, mounting, Arc::new(policy))?;
+    let mount = volumes.allow(spec)?;
     let mounted = volumes.publish(Publication::by_hand(target, mount, read_only), false).await;
     volumes.finish_deletions();
     Ok(mounted?)
 }
 
-async fn unmount(global: Global, target: &Path) -> Outcome {
+async fn unmount(driver_name: &str, target: &Path, mounting: Mounting) -> Outcome {
     let target = std::path::absolute(target)?;
-    let volumes = volumes(global)?;
+    let volumes = volumes(driver_name, mounting, Arc::default())?;
     let unmounted = volumes.unpublish(&volume::by_hand(&target), &target).await;
     volumes.finish_deletions();
     Ok(unmounted?)
 }
 
-fn plan(global: &Global, spec: &Path) -> Outcome {
-    for (step, line) in spec::plan::plan(&read_spec(global, spec)?).iter().enumerate() {
+fn plan(spec: &Path, policy: &PolicyFile) -> Outcome {
+    let (spec, policy) = read_spec(spec, policy)?;
+    for (step, line) in spec::plan::plan(&*spec.allowed_by(&policy)?).iter().enumerate() {
         println!("{}. {line}", step + 1);
     }
     Ok(())
 }
 
-async fn doctor(global: &Global, servers: Vec<String>, kubelet_dir: PathBuf) -> Outcome {
-    let patient = Patient { data_dir: global.data_dir(), kubelet_dir, policy: policy(global)?, servers };
-    let findings = doctor::examine(&patient).await;
+async fn doctor(examined: Examined) -> Outcome {
+    let findings = doctor::examine(&examined).await;
     for finding in &findings {
         println!("{finding}");
     }
@@ -151,16 +170,16 @@ async fn doctor(global: &Global, servers: Vec<String>, kubelet_dir: PathBuf) -> 
     }
 }
 
-fn convert(global: &Global, file: &Path, namespace: &str, container_image: &str) -> Outcome {
-    let surroundings = Surroundings { driver_name: &global.driver_name, namespace, container_image };
-    let converted = convert::convert(&read(file)?, &policy(global)?, &surroundings)?;
+fn convert(file: &Path, policy: &PolicyFile, surroundings: &Surroundings) -> Outcome {
+    let (container, policy) = read_with_policy(file, policy)?;
+    let converted = convert::convert(&container, &policy, surroundings)?;
     warn(&converted.notes);
     print!("{}", converted.documents);
     Ok(())
 }
 
-fn show_status(global: &Global, output: Output) -> Outcome {
-    let status = status::read(&global.driver_name, &global.data_dir())?;
+fn show_status(driver_name: &str, data_dir: &DataDir, output: Output) -> Outcome {
+    let status = status::read(driver_name, &data_dir.path(driver_name))?;
     match output {
         Output::Text => print!("{status}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
@@ -168,26 +187,36 @@ fn show_status(global: &Global, output: Output) -> Outcome {
     Ok(())
 }
 
-fn volumes(global: Global) -> Result<Arc<Volumes>, Box<dyn std::error::Error>> {
-    Ok(Volumes::new(config(global)?)?)
+fn volumes(driver_name: &str, mounting: Mounting, policy: Arc<Policy>) -> Outcome<Arc<Volumes>> {
+    let config = Config {
+        policy,
+        data_dir: mounting.data_dir.path(driver_name),
+        driver_name: driver_name.to_owned(),
+        host_root: mounting.host_root,
+        nfs_read_ahead: mounting.nfs_read_ahead,
+        timeout: Duration::from_secs(mounting.timeout.seconds),
+    };
+    Ok(Volumes::new(config, Arc::new(Linux::new()?))?)
 }
 
-fn config(global: Global) -> Result<Config, Box<dyn std::error::Error>> {
-    Ok(Config {
-        policy: policy(&global)?,
-        data_dir: global.data_dir(),
-        driver_name: global.driver_name,
-        host_root: global.host_root,
-        nfs_read_ahead: global.nfs_read_ahead,
-        timeout: Duration::from_secs(global.timeout),
-    })
+fn read_spec(file: &Path, policy: &PolicyFile) -> Outcome<(Parsed, Policy)> {
+    let (text, policy) = read_with_policy(file, policy)?;
+    let parsed = spec::json::parse(&text)?;
+    warn(parsed.warnings());
+    Ok((parsed, policy))
 }
 
-fn read_spec(global: &Global, file: &Path) -> Result<Mount, Box<dyn std::error::Error>> {
-    let parsed = spec::json::parse(&read(file)?)?;
-    warn(&parsed.warnings);
-    parsed.check(&policy(global)?)?;
-    Ok(parsed.mount)
+/// What is read from a pipe is gone: each is read once, and one of them alone can be standard input.
+fn read_with_policy(file: &Path, policy: &PolicyFile) -> Outcome<(String, Policy)> {
+    if file == Path::new("-") && policy.policy.as_deref() == Some(file) {
+        return Err("both the policy and what it is about cannot be standard input".into());
+    }
+    Ok((read(file)?, read_policy(policy)?))
+}
+
+fn read_policy(file: &PolicyFile) -> Outcome<Policy> {
+    let Some(file) = &file.policy else { return Ok(Policy::default()) };
+    Ok(Policy::parse(&read(file)?)?)
 }
 
 /// A file, or standard input by the name `-`.
@@ -200,11 +229,6 @@ fn warn(warnings: &[String]) {
     for warning in warnings {
         eprintln!("csi-driver-squashfs: warning: {warning}");
     }
-}
-
-fn policy(global: &Global) -> Result<Policy, Box<dyn std::error::Error>> {
-    let Some(file) = &global.policy else { return Ok(Policy::default()) };
-    Ok(Policy::parse(&read(file)?)?)
 }
 
 /// The level is the driver's own; of its libraries only warnings are of interest.

@@ -2,7 +2,7 @@
 //! count; what the kernel counts is read at each scrape, by [`crate::ops`].
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -11,6 +11,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+
+use crate::lock::lock;
 
 /// The prefix of every metric.
 const PREFIX: &str = "squashfs_csi";
@@ -48,15 +50,15 @@ pub fn call(method: &str, code: &str, took: Duration) {
     METRICS.calls.get_or_create(&labels).observe(took.as_secs_f64());
 }
 
-/// One step of the work behind a call, from its making to [`Self::end`].
-pub struct Step {
+/// Times one step of the work behind a call, from its making to [`Self::end`].
+pub struct Timer {
     name: &'static str,
     start: Instant,
 }
 
-impl Step {
+impl Timer {
     pub fn start(name: &'static str) -> Self {
-        Step { name, start: Instant::now() }
+        Timer { name, start: Instant::now() }
     }
 
     /// Counts how long the step took, or how it failed: by the name of its errno, or of its `EAI_` code (getaddrinfo(3)).
@@ -109,8 +111,8 @@ impl Drop for Waiting {
     }
 }
 
-fn waiting() -> std::sync::MutexGuard<'static, BTreeMap<Arc<str>, i64>> {
-    METRICS.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+fn waiting() -> MutexGuard<'static, BTreeMap<Arc<str>, i64>> {
+    lock(&METRICS.waiting)
 }
 
 /// A thread that lets go of what nobody uses any more, while this lives.
@@ -164,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_failed_step_is_counted_by_the_name_of_its_errno() {
-        Step::start("test").end(Some(errno_name(libc::ECONNREFUSED)));
+        Timer::start("test").end(Some(errno_name(libc::ECONNREFUSED)));
         assert!(scrape().contains("squashfs_csi_step_errors_total{step=\"test\",errno=\"ECONNREFUSED\"} 1\n"));
         assert_eq!(errno_name(523), "523");
     }

@@ -3,10 +3,12 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub mod image;
+#[allow(unsafe_code, reason = "it visits another mount namespace")]
 pub mod kernel;
 pub mod killed;
 pub mod nfs_server;
 pub mod node;
+#[allow(unsafe_code, reason = "no safe wrapper covers ptrace(2)")]
 pub mod tracer;
 
 use std::collections::HashMap;

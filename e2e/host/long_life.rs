@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::json;
 
 use crate::harness::tracer::Tracer;
-use crate::harness::{Driver, Volume, kernel, soak};
+use crate::harness::{Driver, Volume, kernel, soak, wait_for};
 use crate::{Images, squashfs};
 
 /// What a driver process has, as the kernel counts it.
@@ -70,10 +70,13 @@ fn two_thousand_volumes_later_the_driver_is_no_larger() {
     };
     (0..100).for_each(round);
     driver.assert_nothing_left();
+    // A thread ends a moment after it did its work.
+    wait_for("threads to end", || Size::of(&driver).threads == 1);
     let (size, before) = (Size::of(&driver), memory(&driver));
     let rounds = soak(2_000, 20_000);
     (100..100 + rounds).for_each(round);
     driver.assert_nothing_left();
+    wait_for("threads to end", || Size::of(&driver).threads == 1);
     assert_eq!(Size::of(&driver), size);
     let after = memory(&driver);
     println!("{rounds} rounds: {before} KiB before, {after} KiB after; {size:?}");

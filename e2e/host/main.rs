@@ -152,20 +152,19 @@ fn the_command_line_mounts_plans_shows_and_unmounts() {
     fs::write(&spec, &volume.attributes["mountSpec"]).unwrap();
     fs::write(&policy, format!("hostPaths: [{}]", images.0.path().display())).unwrap();
     let driver = |arguments: &[&str]| {
-        let mut all = vec!["--policy", policy.to_str().unwrap(), "--data-dir", data.to_str().unwrap()];
-        all.extend(["--driver-name", "by-hand.csi.dev"]);
-        all.extend(arguments);
+        let all = [&["--driver-name", "by-hand.csi.dev"], arguments].concat();
         run(harness::binary().to_str().unwrap(), &all)
     };
     let (spec, path) = (spec.to_str().unwrap(), target.to_str().unwrap());
-    assert!(driver(&["plan", spec]).contains("1. open"));
-    driver(&["mount", spec, path]);
+    let (policy, data) = (["--policy", policy.to_str().unwrap()], ["--data-dir", data.to_str().unwrap()]);
+    assert!(driver(&[&["plan", spec][..], &policy].concat()).contains("1. open"));
+    driver(&[&["mount", spec, path][..], &policy, &data].concat());
     assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "image");
-    let status = driver(&["status"]);
+    let status = driver(&[&["status"][..], &data].concat());
     assert!(status.contains(&format!("published at {path}")) && status.contains("1 published"), "{status}");
-    let status: Value = serde_json::from_str(&driver(&["status", "--output", "json"])).unwrap();
+    let status: Value = serde_json::from_str(&driver(&[&["status", "--output", "json"][..], &data].concat())).unwrap();
     assert_eq!(status["volumes"][0]["target"], path);
-    driver(&["unmount", path]);
-    assert_eq!(driver(&["status"]), "no volumes, no loop devices\n");
+    driver(&[&["unmount", path][..], &data].concat());
+    assert_eq!(driver(&[&["status"][..], &data].concat()), "no volumes, no loop devices\n");
     assert!(!target.exists());
 }

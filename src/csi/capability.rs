@@ -6,15 +6,14 @@ use std::path::{Path, PathBuf};
 use super::v1::VolumeCapability;
 use super::v1::volume_capability::AccessType;
 use super::v1::volume_capability::access_mode::Mode;
-use crate::spec::policy::Policy;
-use crate::spec::{Mount, parameters};
-use crate::volume::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
+use crate::spec::{Mount, Parsed, parameters};
 
 /// The key by which the kubelet marks an inline volume (podInfoOnMount).
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 
-/// Reads a volume's attributes and the mount options of its capability into a spec that the policy allows.
-pub fn mount_of(context: &HashMap<String, String>, capability: &VolumeCapability, policy: &Policy) -> Result<Mount> {
+/// Reads a volume's attributes and the mount options of its capability into a spec.
+pub fn spec_of(context: &HashMap<String, String>, capability: &VolumeCapability) -> Result<Parsed> {
     let options = match &capability.access_type {
         Some(AccessType::Mount(mount)) => mount.mount_flags.as_slice(),
         Some(AccessType::Block(_)) => {
@@ -23,11 +22,10 @@ pub fn mount_of(context: &HashMap<String, String>, capability: &VolumeCapability
         None => return Err(invalid("volume_capability: an access type is required")),
     };
     let parsed = parameters::parse_attributes(context, options)?;
-    for warning in &parsed.warnings {
+    for warning in parsed.warnings() {
         tracing::warn!("{warning}");
     }
-    parsed.check(policy)?;
-    Ok(parsed.mount)
+    Ok(parsed)
 }
 
 /// A volume that takes no writes offers no mode that promises them, unless `any` mode will do: that of an inline volume, for all of

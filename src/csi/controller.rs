@@ -1,11 +1,11 @@
 //! The Controller service: volumes are references to images, so that creating one checks and deleting one forgets.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tonic::{Request, Response};
 
-use super::capability::{check_access_mode, invalid, mount_of, required_text};
+use super::capability::{check_access_mode, invalid, required_text, spec_of};
 use super::status::{Answer, answer};
 use super::v1::{
     ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
@@ -13,14 +13,15 @@ use super::v1::{
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume, VolumeCapability, controller_server,
     controller_service_capability, validate_volume_capabilities_response,
 };
+use crate::error::{Error, Kind, Result};
 use crate::kubernetes::claim::Claims;
+use crate::lock::lock;
 use crate::spec::policy::Policy;
 use crate::spec::template;
-use crate::volume::{Error, Kind, Result};
 
 /// Creates and validates volumes without touching any NFS server.
 pub struct Controller {
-    policy: Policy,
+    policy: Arc<Policy>,
     claims: Claims,
     /// The volumes that this process created, by ID: all that tells a repeated request from a conflicting one.
     created: Mutex<HashMap<String, Volume>>,
@@ -28,15 +29,15 @@ pub struct Controller {
 
 impl Controller {
     /// `driver_name` is the domain of the annotation by which a claim names its image.
-    pub fn new(policy: Policy, driver_name: &str) -> Self {
+    pub fn new(policy: Arc<Policy>, driver_name: &str) -> Self {
         Controller { policy, claims: Claims::new(driver_name), created: Mutex::default() }
     }
 
     /// Reads the claim where the StorageClass takes the image from it, and tells its author what is wrong.
     async fn create(&self, request: CreateVolumeRequest) -> Result<Volume> {
         let class = template::expand(&request.parameters)?;
-        let claim = match &class.asks {
-            Some(asks) => Some(self.claims.get(&asks.namespace, &asks.name).await?),
+        let claim = match &class.claim {
+            Some(claim) => Some(self.claims.get(&claim.namespace, &claim.name).await?),
             None => None,
         };
         let image = claim.as_ref().and_then(|claim| claim.image.as_deref());
@@ -64,7 +65,7 @@ impl Controller {
         // An image has the size it has: the size of the claim is given back so that claim and volume bind.
         let volume =
             Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context };
-        let mut created = self.created.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut created = lock(&self.created);
         match created.get(name) {
             Some(existing) if *existing != volume => Err(Error::new(
                 Kind::AlreadyExists,
@@ -83,7 +84,7 @@ impl Controller {
             return Err(invalid("volume_capabilities is required"));
         }
         for capability in capabilities {
-            let mount = mount_of(context, capability, &self.policy)?;
+            let mount = spec_of(context, capability)?.allowed_by(&self.policy)?;
             check_access_mode(&mount, capability, false)?;
         }
         Ok(())
@@ -94,7 +95,7 @@ impl Controller {
         if request.volume_capabilities.is_empty() {
             return Err(invalid("volume_capabilities is required"));
         }
-        let known = self.created.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        let known = lock(&self.created).get(id).cloned();
         let context = match known {
             Some(volume) => volume.volume_context,
             None if !request.volume_context.is_empty() => request.volume_context.clone(),
@@ -131,7 +132,7 @@ impl controller_server::Controller for Controller {
         let id = request.into_inner().volume_id;
         answer("DeleteVolume", &id, async {
             let id = required_text("volume_id", &id)?;
-            self.created.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+            lock(&self.created).remove(id);
             Ok(DeleteVolumeResponse {})
         })
         .await

@@ -7,7 +7,8 @@ use super::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse, identity_server, plugin_capability,
 };
-use crate::volume::{self, Error, Kind};
+use crate::error::{Error, Kind};
+use crate::volume;
 
 /// Who the driver is, and whether it can work here.
 pub struct Identity {

@@ -6,6 +6,8 @@ mod identity;
 mod node;
 mod server;
 mod status;
+#[cfg(test)]
+mod tests;
 
 pub use controller::Controller;
 pub use identity::Identity;

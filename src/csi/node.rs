@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tonic::{Request, Response};
 
 use super::capability::{
-    check_access_mode, is_ephemeral, is_single_writer, mount_of, pod_of, required, required_path, required_text,
+    check_access_mode, is_ephemeral, is_single_writer, pod_of, required, required_path, required_text, spec_of,
 };
 use super::status::{Answer, answer};
 use super::v1::volume_usage::Unit;
@@ -17,13 +17,12 @@ use super::v1::{
     NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeCondition, VolumeUsage,
     node_server, node_service_capability,
 };
-use crate::spec::policy::Policy;
-use crate::volume::{Error, Kind, Publication, Stats, Usage, Volumes};
+use crate::error::{Error, Kind};
+use crate::volume::{Publication, Stats, Usage, Volumes};
 
 /// Serves the volumes of this node.
 pub struct Node {
     pub node_id: String,
-    pub policy: Policy,
     pub volumes: Arc<Volumes>,
 }
 
@@ -36,7 +35,7 @@ impl node_server::Node for Node {
             let id = required_text("volume_id", &id)?;
             required_path("staging_target_path", &request.staging_target_path)?;
             let capability = required(request.volume_capability)?;
-            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
+            let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?)?;
             check_access_mode(&mount, &capability, is_ephemeral(&request.volume_context))?;
             self.volumes.stage(id, &mount).await?;
             Ok(NodeStageVolumeResponse {})
@@ -72,7 +71,7 @@ impl node_server::Node for Node {
             let target = required_path("target_path", &request.target_path)?;
             let ephemeral = is_ephemeral(&request.volume_context);
             let capability = required(request.volume_capability)?;
-            let mount = mount_of(&request.volume_context, &capability, &self.policy)?;
+            let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?)?;
             if !ephemeral && request.staging_target_path.is_empty() {
                 return Err(Error::new(
                     Kind::FailedPrecondition,

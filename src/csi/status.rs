@@ -5,14 +5,14 @@ use std::time::Instant;
 use tonic::{Code, Response, Status};
 use tracing::Instrument;
 
+use crate::error::{self, Kind};
 use crate::metrics;
-use crate::volume::{self, Kind};
 
 /// What every method of the services returns.
 pub type Answer<T> = Result<Response<T>, Status>;
 
 /// Runs one call in a span of its own and logs how it ended. `about` names the volume or path; no secret is ever part of it.
-pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Output = volume::Result<T>>) -> Answer<T> {
+pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Output = error::Result<T>>) -> Answer<T> {
     let span = tracing::info_span!("call", method, about, pod = tracing::field::Empty);
     let start = Instant::now();
     async move {
@@ -29,7 +29,8 @@ pub async fn answer<T>(method: &'static str, about: &str, call: impl Future<Outp
                 Ok(Response::new(answer))
             }
             Err(error) => {
-                tracing::warn!(milliseconds, ?code, %error, "failed");
+                let errno = error.errno().map(|errno| metrics::errno_name(errno.raw_os_error()));
+                tracing::warn!(milliseconds, ?code, errno, %error, "failed");
                 Err(Status::new(code, error.message))
             }
         }

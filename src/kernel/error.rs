@@ -12,15 +12,34 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Debug)]
 pub struct Error {
     action: String,
+    subject: Subject,
     errno: Errno,
     log: Vec<String>,
     hint: Option<String>,
 }
 
+/// What a call was about. With the errno it says whose affair the failure is: ENOENT is a missing image, or a broken node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Subject {
+    /// The node itself: its devices, its namespaces, its memory.
+    #[default]
+    Node,
+    /// An NFS server and what it exports.
+    Server,
+    /// An image, or another file or directory that a spec names.
+    Image,
+}
+
 impl Error {
-    /// `action` names the step and its object: `mount 10.0.0.5:/images (nfs 4.2)`.
+    /// `action` names the step and its object: `mount 10.0.0.5:/images (nfs 4.2)`. It is about the node unless [`Self::about`] says
+    /// otherwise.
     pub fn new(action: impl Into<String>, errno: Errno) -> Self {
-        Error { action: action.into(), errno, log: Vec::new(), hint: None }
+        Error { action: action.into(), subject: Subject::default(), errno, log: Vec::new(), hint: None }
+    }
+
+    pub fn about(mut self, subject: Subject) -> Self {
+        self.subject = subject;
+        self
     }
 
     /// Adds what the file system itself logged about the failure.
@@ -37,6 +56,10 @@ impl Error {
 
     pub fn errno(&self) -> Errno {
         self.errno
+    }
+
+    pub fn subject(&self) -> Subject {
+        self.subject
     }
 }
 
@@ -66,14 +89,30 @@ fn text(errno: Errno) -> String {
     }
 }
 
+/// The errno behind an error of the standard library; EIO where it has none.
+pub fn errno_of(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// The errno of the C library's call that just failed.
+pub(super) fn last_errno() -> Errno {
+    errno_of(&std::io::Error::last_os_error())
+}
+
 /// Turns the error of one call into an [`Error`] that names the call's purpose.
-pub(super) trait Doing<T> {
+pub trait Doing<T> {
     fn doing(self, action: impl FnOnce() -> String) -> Result<T>;
 }
 
 impl<T> Doing<T> for rustix::io::Result<T> {
     fn doing(self, action: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|errno| Error::new(action(), errno))
+    }
+}
+
+impl<T> Doing<T> for std::io::Result<T> {
+    fn doing(self, action: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|error| Error::new(action(), errno_of(&error)))
     }
 }
 

@@ -16,8 +16,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::error::{Error, Result};
-use super::image::{Identity, Image};
+use super::error::{Doing, Error, Result, errno_of, last_errno};
+use super::image::{Image, ImageIdentity};
 
 /// The major number of loop devices (Documentation/admin-guide/devices.txt).
 pub const MAJOR: u32 = 7;
@@ -37,15 +37,15 @@ impl Tag {
     }
 
     /// The whole name: at most 55 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
-    fn name(&self, image: &Identity) -> String {
+    fn name(&self, image: &ImageIdentity) -> String {
         format!("{}:{:x}:{:x}", self.0, image.size, image.changed)
     }
 
-    fn read(&self, info: &loop_info64) -> Option<Identity> {
+    fn read(&self, info: &loop_info64) -> Option<ImageIdentity> {
         let name = info.lo_file_name.split(|&byte| byte == 0).next()?;
         let rest = std::str::from_utf8(name).ok()?.strip_prefix(&self.0)?.strip_prefix(':')?;
         let (size, changed) = rest.split_once(':')?;
-        Some(Identity {
+        Some(ImageIdentity {
             device: info.lo_device,
             inode: info.lo_inode,
             size: u64::from_str_radix(size, 16).ok()?,
@@ -71,26 +71,28 @@ impl LoopDevice {
         device_path(self.number)
     }
 
+    /// For a double, which holds something else open.
+    #[cfg(test)]
+    pub(super) fn of_number(number: u32, fd: OwnedFd) -> Self {
+        LoopDevice { number, _fd: fd }
+    }
+
     /// The device of this image: the one that has it already, or a new one.
     ///
     /// Two threads must not call this for one image at a time, or it gets two devices.
     pub fn of(image: &Image, tag: &Tag) -> Result<Self> {
         for number in candidates()? {
-            if let Some(attached) = inspect(number, tag)?
-                && attached.identity == image.identity
+            if let Some((device, identity)) = inspect(number, tag)?
+                && identity == image.identity
             {
-                return Ok(attached.device);
+                return Ok(device);
             }
         }
-        Self::attach(image, tag)
+        Self::configure_free(image, tag)
     }
 
-    fn attach(image: &Image, tag: &Tag) -> Result<Self> {
-        let control = File::open("/dev/loop-control").map_err(|error| {
-            let errno = Errno::from_io_error(&error).filter(|&errno| errno != Errno::NOENT).unwrap_or(Errno::NODEV);
-            Error::new("open /dev/loop-control", errno)
-                .with_hint("try 'modprobe loop' on the node, and see that the driver has the host's /dev")
-        })?;
+    fn configure_free(image: &Image, tag: &Tag) -> Result<Self> {
+        let control = open_control()?;
         let mut config = loop_config {
             fd: image.file.as_raw_fd() as u32,
             block_size: 0,
@@ -130,34 +132,41 @@ impl LoopDevice {
 #[derive(Debug)]
 pub struct Attached {
     pub device: LoopDevice,
-    pub identity: Identity,
+    pub identity: ImageIdentity,
+    /// The path of the image, relative to the root of the mount it was opened on.
+    pub backing_file: Option<String>,
+    /// How much was read from the device since it was attached.
+    pub read_bytes: u64,
 }
 
 /// All devices that carry `tag`, by number. Each is held open while the answer lives.
 pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
     let mut attached = Vec::new();
     for number in candidates()? {
-        attached.extend(inspect(number, tag)?);
+        if let Some((device, identity)) = inspect(number, tag)? {
+            let (backing_file, read_bytes) = (backing_file(number), read_bytes(number));
+            attached.push(Attached { device, identity, backing_file, read_bytes });
+        }
     }
     attached.sort_by_key(|attached| attached.device.number);
     Ok(attached)
 }
 
 /// The path of the backing file, as the kernel shows it: relative to the root of the mount it was opened on.
-pub fn backing_file(number: u32) -> Option<String> {
+fn backing_file(number: u32) -> Option<String> {
     let path = std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
     Some(path.trim_end_matches('\n').to_owned())
 }
 
 /// How many bytes were read from the device since it was attached (Documentation/block/stat.rst; 0 where it is gone).
-pub fn read_bytes(number: u32) -> u64 {
+fn read_bytes(number: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/sys/block/loop{number}/stat")).unwrap_or_default();
     let sectors: u64 = stat.split_whitespace().nth(2).and_then(|sectors| sectors.parse().ok()).unwrap_or_default();
     sectors * 512
 }
 
 /// The device, if it is attached and ours.
-fn inspect(number: u32, tag: &Tag) -> Result<Option<Attached>> {
+fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, ImageIdentity)>> {
     let fd = match open(number) {
         Ok(fd) => fd,
         // Let go of in the meantime.
@@ -177,15 +186,14 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<Attached>> {
         tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
         return Ok(None);
     }
-    let ours = |identity| Attached { device: LoopDevice { number, _fd: fd }, identity };
+    let ours = |identity| (LoopDevice { number, _fd: fd }, identity);
     Ok(tag.read(&info).map(ours))
 }
 
 /// The devices that may be ours: those that have a file and free themselves. A stranger's device is left unopened where possible:
 /// to ask for its state may ask its file's server.
 fn candidates() -> Result<Vec<u32>> {
-    let entries = std::fs::read_dir("/sys/block")
-        .map_err(|error| Error::new("list /sys/block", Errno::from_io_error(&error).unwrap_or(Errno::NOENT)))?;
+    let entries = std::fs::read_dir("/sys/block").doing(|| "list /sys/block".into())?;
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let frees_itself = std::fs::read_to_string(entry.path().join("loop/autoclear")).ok()?;
@@ -194,13 +202,22 @@ fn candidates() -> Result<Vec<u32>> {
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }
 
+/// `/dev/loop-control`, by which the kernel tells of free devices.
+pub(super) fn open_control() -> Result<File> {
+    File::open("/dev/loop-control").map_err(|error| {
+        let errno = match errno_of(&error) {
+            Errno::NOENT => Errno::NODEV,
+            errno => errno,
+        };
+        Error::new("open /dev/loop-control", errno)
+            .with_hint("try 'modprobe loop' on the node, and see that the driver has the host's /dev")
+    })
+}
+
 pub(super) fn free_number(control: &File) -> Result<u32> {
     // SAFETY: LOOP_CTL_GET_FREE takes no argument and returns the number of a device.
     let answer = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
-    u32::try_from(answer).map_err(|_| {
-        let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::NODEV);
-        Error::new("find a free loop device (LOOP_CTL_GET_FREE)", errno)
-    })
+    u32::try_from(answer).map_err(|_| Error::new("find a free loop device (LOOP_CTL_GET_FREE)", last_errno()))
 }
 
 fn configure(number: u32, config: &loop_config) -> std::result::Result<OwnedFd, Errno> {
@@ -233,7 +250,7 @@ mod tests {
 
     #[test]
     fn the_largest_identity_fits_into_the_name_and_is_read_back() {
-        let identity = Identity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
+        let identity = ImageIdentity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
         let tag = Tag::new("squashfs.csi.dev");
         let name = tag.name(&identity);
         assert!(name.len() < 64, "{name}");
@@ -242,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_foreign_device_is_not_ours() {
-        let identity = Identity { device: 5, inode: 7, size: 1, changed: 2 };
+        let identity = ImageIdentity { device: 5, inode: 7, size: 1, changed: 2 };
         let name = Tag::new("a.example.org").name(&identity);
         assert_eq!(Tag::new("b.example.org").read(&info(&name)), None);
         for name in ["", "/var/lib/images/a.img", "csi-squashfs:", "csi-squashfs:00000000:x:y"] {

@@ -1,9 +1,16 @@
 //! How Linux does it: one file per kernel facility, each a few functions over file descriptors.
 //!
-//! Nothing here knows CSI, JSON or the volume that a call serves, and nothing forks: every step is a system call.
+//! Nothing here knows CSI, JSON or the volume that a call serves, and no program is started: every step is a system call. [`Kernel`]
+//! lists what takes root, the driver's mount namespace or a loop device; [`Linux`] does it. Files and directories are opened directly.
 
+#![allow(unsafe_code, reason = "system calls that no safe wrapper covers")]
+
+#[cfg(test)]
+pub mod double;
 mod error;
+pub mod file_system;
 pub mod image;
+mod linux;
 pub mod loop_device;
 pub mod mount;
 pub mod mountinfo;
@@ -13,5 +20,52 @@ pub mod nfs;
 pub mod overlay;
 pub mod support;
 pub mod thread;
+pub mod tmpfs;
 
-pub use error::{Error, Result};
+pub use error::{Doing, Error, Result, Subject, errno_of};
+pub use linux::Linux;
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use image::Image;
+use loop_device::{Attached, LoopDevice, Tag};
+use mount::{DetachedMount, MountAttrFlags, NewMount};
+use mountinfo::MountInfo;
+use mountstats::NfsCounters;
+
+/// What takes root, and what only a kernel can show: a unit test puts a double here that writes down what it is asked.
+pub trait Kernel: Send + Sync {
+    /// Finds or makes a superblock, and a mount of it that is attached nowhere. May wait for a server.
+    fn mount(&self, new: NewMount) -> Result<DetachedMount>;
+    /// A new mount of a directory that is visible in the calling thread's namespace, private, with `attributes` added.
+    fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount>;
+    /// Adds attributes to a mount and to those that a recursive bind brought along.
+    fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()>;
+    /// Puts a mount on top of a directory.
+    fn attach(&self, mount: &DetachedMount, directory: BorrowedFd<'_>) -> Result<()>;
+    /// Takes off every mount that is attached at `path`; asks no server, and no mount there is no error.
+    fn unmount_all(&self, path: &Path) -> Result<()>;
+    /// Whether a mount is attached at `path`, which need not exist.
+    fn is_mount(&self, path: &Path) -> Result<bool>;
+    /// The mounts that this process sees.
+    fn mounts(&self) -> Result<Vec<MountInfo>>;
+    /// Sets how many KiB are read ahead in the files of an NFS mount.
+    fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()>;
+    /// The loop device of this image with this mark: the one that has it already, or a new one. One thread at a time for one image.
+    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice>;
+    /// All loop devices with this mark, by number; each is held open while the answer lives.
+    fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>>;
+    /// What the NFS client counts for the mounts of the driver's namespace. Asks no server.
+    fn nfs_counters(&self) -> Result<Vec<NfsCounters>>;
+    /// Runs `work` once, on a thread in the driver's own mount namespace, where the current directory is an empty one to make mount
+    /// points in. See [`in_namespace`].
+    fn run_in_namespace(&self, work: &mut (dyn FnMut() + Send)) -> Result<()>;
+}
+
+/// [`Kernel::run_in_namespace`] for work that returns something.
+pub fn in_namespace<T: Send>(kernel: &dyn Kernel, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let (mut work, mut done) = (Some(work), None);
+    kernel.run_in_namespace(&mut || done = work.take().map(|work| work()))?;
+    Ok(done.expect("the work was run"))
+}

@@ -1,7 +1,7 @@
 //! The mount API of fsopen(2), fsmount(2), open_tree(2) and move_mount(2).
 //!
-//! A mount is a value: a [`DetachedMount`] nobody can see, gone when dropped, until [`DetachedMount::attach`] puts it in
-//! its place as the last step.
+//! A mount is a value: a [`DetachedMount`] nobody can see, gone when dropped, until [`attach`] puts it in its place as the last
+//! step.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -11,72 +11,113 @@ use rustix::io::Errno;
 pub use rustix::mount::MountAttrFlags;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::error::{Doing, Error, Result};
+use super::error::{Doing, Error, Result, Subject, last_errno};
 
 /// The attributes of every mount of this driver (mount_setattr(2)).
 pub const CONFINED: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-/// A file system being configured (fsopen(2)).
-pub struct FsContext {
-    fd: OwnedFd,
-    what: String,
+/// A mount to be made: a file system, its options in order (fsconfig(2)), and the attributes of the mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMount {
+    pub fs_type: &'static str,
+    /// Names the mount in errors: `squashfs on /dev/loop3`.
+    pub what: String,
+    /// Whose affair it is when the kernel refuses.
+    pub subject: Subject,
+    /// A flag has no value.
+    pub options: Vec<(String, Option<String>)>,
+    pub attributes: MountAttrFlags,
 }
 
-impl FsContext {
-    /// `what` names the mount in errors: `squashfs on /dev/loop3`.
-    pub fn new(fs_type: &str, what: impl Into<String>) -> Result<Self> {
-        let what = what.into();
-        match rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC) {
-            Ok(fd) => Ok(FsContext { fd, what }),
-            Err(Errno::NODEV) => Err(Error::new(format!("mount {what}"), Errno::NODEV)
-                .with_hint(format!("this kernel has no {fs_type}: try 'modprobe {fs_type}' on the node"))),
-            Err(errno) => Err(Error::new(format!("mount {what}"), errno)),
-        }
+impl NewMount {
+    /// A mount that is [`CONFINED`], about the node and without options.
+    pub fn new(fs_type: &'static str, what: impl Into<String>) -> Self {
+        let (what, subject) = (what.into(), Subject::default());
+        NewMount { fs_type, what, subject, options: Vec::new(), attributes: CONFINED }
+    }
+
+    pub fn about(mut self, subject: Subject) -> Self {
+        self.subject = subject;
+        self
     }
 
     /// Sets `key=value`; the value may hold any byte but NUL, and at most 255 of them: more the kernel does not read.
-    pub fn set(&self, key: &str, value: &str) -> Result<()> {
-        if value.len() > 255 {
-            return Err(Error::new(format!("mount {}", self.what), Errno::NAMETOOLONG)
-                .with_hint(format!("the kernel takes at most 255 bytes for '{key}', this is {}", value.len())));
-        }
-        rustix::mount::fsconfig_set_string(&self.fd, key, value).map_err(|errno| self.error(errno))
+    pub fn set(mut self, key: &str, value: impl ToString) -> Self {
+        self.options.push((key.to_owned(), Some(value.to_string())));
+        self
     }
 
     /// Sets an option that has no value.
-    pub fn set_flag(&self, key: &str) -> Result<()> {
-        rustix::mount::fsconfig_set_flag(&self.fd, key).map_err(|errno| self.error(errno))
+    pub fn flag(mut self, key: &str) -> Self {
+        self.options.push((key.to_owned(), None));
+        self
     }
 
-    /// Finds or creates the superblock, and a mount of it that is attached nowhere.
-    pub fn mount(self, attributes: MountAttrFlags) -> Result<DetachedMount> {
-        rustix::mount::fsconfig_create(&self.fd)
-            .and_then(|()| rustix::mount::fsmount(&self.fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes))
-            .map(|fd| DetachedMount { fd })
-            .map_err(|errno| self.error(errno))
+    /// Read-only: this mount, and its superblock.
+    pub fn read_only(self) -> Self {
+        self.flag("ro").with(MountAttrFlags::MOUNT_ATTR_RDONLY)
+    }
+
+    pub fn with(mut self, attributes: MountAttrFlags) -> Self {
+        self.attributes |= attributes;
+        self
     }
 
     fn error(&self, errno: Errno) -> Error {
-        Error::new(format!("mount {}", self.what), errno).with_log(self.log())
+        Error::new(format!("mount {}", self.what), errno).about(self.subject)
     }
+}
 
-    /// The lines that the kernel left on this context: one a read, without their `e ` (error) or `w ` (warning) mark.
-    fn log(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        let mut line = [0; 1024];
-        while let Ok(length @ 1..) = rustix::io::read(&self.fd, &mut line) {
-            let text = String::from_utf8_lossy(&line[..length]);
-            let text = text.trim_end();
-            lines.push(text.split_once(' ').map_or(text, |(_, rest)| rest).to_owned());
+/// Finds or creates the superblock, and makes a mount of it that is attached nowhere.
+pub fn create(new: NewMount) -> Result<DetachedMount> {
+    let context = rustix::mount::fsopen(new.fs_type, FsOpenFlags::FSOPEN_CLOEXEC)
+        .map_err(|errno| explain_fsopen(new.error(errno), new.fs_type))?;
+    let failed = |errno| new.error(errno).with_log(log(&context));
+    for (key, value) in &new.options {
+        match value {
+            Some(value) if value.len() > 255 => {
+                let hint = format!("the kernel takes at most 255 bytes for '{key}', this is {}", value.len());
+                return Err(new.error(Errno::NAMETOOLONG).with_hint(hint));
+            }
+            Some(value) => rustix::mount::fsconfig_set_string(&context, key, value).map_err(failed)?,
+            None => rustix::mount::fsconfig_set_flag(&context, key).map_err(failed)?,
         }
-        lines
     }
+    rustix::mount::fsconfig_create(&context).map_err(failed)?;
+    let fd = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, new.attributes).map_err(failed)?;
+    Ok(DetachedMount::new(fd, new.what))
+}
+
+/// Whether the kernel has a file system. To ask makes it load the module, as a mount would.
+pub fn find_file_system(fs_type: &str) -> Result<()> {
+    let found = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC).map(drop);
+    found.doing(|| format!("mount {fs_type}")).map_err(|error| explain_fsopen(error, fs_type))
+}
+
+fn explain_fsopen(error: Error, fs_type: &str) -> Error {
+    match error.errno() {
+        Errno::NODEV => error.with_hint(format!("this kernel has no {fs_type}: try 'modprobe {fs_type}' on the node")),
+        _ => error,
+    }
+}
+
+/// The lines that the kernel left on a context of fsopen(2): one a read, without their `e ` (error) or `w ` (warning) mark.
+fn log(context: &OwnedFd) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut line = [0; 1024];
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut line) {
+        let text = String::from_utf8_lossy(&line[..length]);
+        let text = text.trim_end();
+        lines.push(text.split_once(' ').map_or(text, |(_, rest)| rest).to_owned());
+    }
+    lines
 }
 
 /// A mount that is attached nowhere and goes with its file descriptor, unless something else holds it.
 #[derive(Debug)]
 pub struct DetachedMount {
     fd: OwnedFd,
+    what: String,
 }
 
 impl AsFd for DetachedMount {
@@ -86,34 +127,36 @@ impl AsFd for DetachedMount {
 }
 
 impl DetachedMount {
-    /// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added.
-    pub fn bind(directory: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> Result<Self> {
-        let mut flags =
-            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-        if recursive {
-            flags |= OpenTreeFlags::AT_RECURSIVE;
-        }
-        let fd = rustix::mount::open_tree(directory, "", flags).doing(|| "clone a mount (open_tree)".into())?;
-        set_attributes(fd.as_fd(), attributes, recursive)?;
-        Ok(DetachedMount { fd })
+    pub(super) fn new(fd: OwnedFd, what: String) -> Self {
+        DetachedMount { fd, what }
     }
 
-    /// Adds attributes to this mount and to those that a recursive bind brought along.
-    pub fn restrict(&self, attributes: MountAttrFlags) -> Result<()> {
-        set_attributes(self.fd.as_fd(), attributes, true)
+    /// Names the mount in errors.
+    pub fn what(&self) -> &str {
+        &self.what
     }
+}
 
-    /// Puts the mount on top of the directory behind `target`.
-    pub fn attach(&self, target: impl AsFd) -> Result<()> {
-        rustix::mount::move_mount(
-            &self.fd,
-            "",
-            target,
-            "",
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
-        )
-        .doing(|| "attach a mount (move_mount)".into())
+/// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added.
+pub fn bind(directory: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
     }
+    let fd = rustix::mount::open_tree(directory, "", flags).doing(|| "clone a mount (open_tree)".into())?;
+    set_attributes(fd.as_fd(), attributes, recursive)?;
+    Ok(DetachedMount::new(fd, "directory".into()))
+}
+
+/// Adds attributes to a mount and to those that a recursive bind brought along.
+pub fn restrict(mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
+    set_attributes(mount.as_fd(), attributes, true)
+}
+
+/// Puts the mount on top of a directory.
+pub fn attach(mount: &DetachedMount, directory: impl AsFd) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(mount, "", directory, "", flags).doing(|| format!("attach {} (move_mount)", mount.what()))
 }
 
 /// Adds `attributes` to a mount and, if asked, to all below it (mount_setattr(2), Linux 5.12).
@@ -134,8 +177,7 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttrFlags, recursive: 
     if answer == 0 {
         return Ok(());
     }
-    let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
-    Err(Error::new("set the attributes of a mount (mount_setattr)", errno))
+    Err(Error::new("set the attributes of a mount (mount_setattr)", last_errno()))
 }
 
 /// Opens a directory without following a symlink in its last component, for use as a mount's target or base.
@@ -169,8 +211,9 @@ impl Symlinks {
     }
 }
 
-/// Puts words to the two errors by which openat2(2) refuses to leave a base.
+/// A path below a base is the affair of who named it; two errors of openat2(2), by which it refuses to leave a base, need words.
 pub(super) fn explain_escape(error: Error) -> Error {
+    let error = error.about(Subject::Image);
     match error.errno() {
         Errno::XDEV => error.with_hint("the path leads out of its base (an absolute symlink or '..')"),
         Errno::LOOP => error.with_hint("the path goes through a symlink that may not be followed"),

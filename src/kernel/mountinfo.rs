@@ -1,10 +1,6 @@
 //! The mount table (proc_pid_mountinfo(5)).
 
-use std::path::Path;
-
-use rustix::io::Errno;
-
-use super::error::{Error, Result};
+use super::error::{Doing, Result};
 
 /// One line of mountinfo; octal escapes are resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +29,7 @@ pub(super) fn read_thread() -> Result<Vec<MountInfo>> {
 }
 
 fn read_file(path: &str) -> Result<Vec<MountInfo>> {
-    let text = std::fs::read(Path::new(path))
-        .map_err(|error| Error::new(format!("read {path}"), Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    let text = std::fs::read(path).doing(|| format!("read {path}"))?;
     Ok(String::from_utf8_lossy(&text).lines().filter_map(parse).collect())
 }
 

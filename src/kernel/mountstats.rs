@@ -6,9 +6,7 @@
 use std::io::Read;
 use std::time::Duration;
 
-use rustix::io::Errno;
-
-use super::error::{Error, Result};
+use super::error::{Doing, Result};
 use super::mountinfo::unescape;
 use super::namespace::PrivateNamespace;
 
@@ -29,9 +27,7 @@ pub fn read(namespace: &PrivateNamespace) -> Result<Vec<NfsCounters>> {
     let process = namespace.enter_process()?;
     let path = format!("/proc/{}/mountstats", process.id());
     let mut text = Vec::new();
-    std::fs::File::open(&path)
-        .and_then(|mut file| file.read_to_end(&mut text))
-        .map_err(|error| Error::new(format!("read {path}"), Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    std::fs::File::open(&path).and_then(|mut file| file.read_to_end(&mut text)).doing(|| format!("read {path}"))?;
     Ok(parse(&String::from_utf8_lossy(&text)))
 }
 

@@ -11,9 +11,10 @@ use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use super::error::{Doing, Error, Result};
-use super::mount::{FsContext, MountAttrFlags};
+use super::error::{Doing, Error, Result, last_errno};
+use super::mount::{self, MountAttrFlags};
 use super::mountinfo::{self, MountInfo};
+use super::tmpfs::tmpfs;
 
 /// A namespace that holds one empty tmpfs as its root and whatever the driver attaches to it.
 pub struct PrivateNamespace {
@@ -52,9 +53,8 @@ impl PrivateNamespace {
                 libc::syscall(libc::SYS_exit_group, 1);
             }
         }
-        let last = || Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::AGAIN);
         let Ok(id @ 1..) = libc::pid_t::try_from(id) else {
-            return Err(Error::new("start a process in the driver's mount namespace", last()));
+            return Err(Error::new("start a process in the driver's mount namespace", last_errno()));
         };
         let mut status = 0;
         // SAFETY: waits for the child that was just started, until it stops itself or ends.
@@ -92,9 +92,8 @@ fn create() -> Result<OwnedFd> {
         .doing(|| "open /proc/thread-self/ns/mnt".into())?;
     drop_mounts()?;
 
-    let root = FsContext::new("tmpfs", "tmpfs in the driver's mount namespace")?;
-    root.set("mode", "0700")?;
-    let root = root.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC)?;
+    let root = tmpfs("the root of the driver's mount namespace", None).with(MountAttrFlags::MOUNT_ATTR_NOEXEC);
+    let root = mount::create(root)?;
     rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .doing(|| "attach the root of the driver's mount namespace".into())?;
     Ok(fd)
@@ -127,8 +126,7 @@ fn unshare(flags: UnshareFlags) -> Result<()> {
 fn in_new_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespace".into()).stack_size(256 * 1024).spawn_scoped(scope, work);
-        let thread = thread
-            .map_err(|error| Error::new("start a thread", Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
+        let thread = thread.doing(|| "start a thread".into())?;
         Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }

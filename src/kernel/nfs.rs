@@ -9,11 +9,46 @@ use std::os::fd::AsFd;
 use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::error::{Doing, Error, Result};
-use super::mount::{CONFINED, DetachedMount, FsContext, MountAttrFlags};
+use super::error::{Doing, Error, Result, Subject, errno_of};
+use super::mount::NewMount;
 
 /// The port of NFS where the options name no other.
 pub const PORT: u16 = 2049;
+
+/// The versions of the protocol that Linux speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Version {
+    V3,
+    V4_0,
+    V4_1,
+    V4_2,
+}
+
+impl Version {
+    /// The value of the option `vers=`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Version::V3 => "3",
+            Version::V4_0 => "4.0",
+            Version::V4_1 => "4.1",
+            Version::V4_2 => "4.2",
+        }
+    }
+
+    /// The version that a server is asked for in the header of a call (RFC 5531): all of 4 have one.
+    pub fn program(self) -> u32 {
+        match self {
+            Version::V3 => 3,
+            Version::V4_0 | Version::V4_1 | Version::V4_2 => 4,
+        }
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// One export, and how to mount it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -21,8 +56,7 @@ pub struct Export {
     /// The name to show, in lower case; an IPv6 address has no brackets.
     pub host: String,
     pub path: String,
-    /// The value of `vers=`: `3`, `4.0`, `4.1` or `4.2`.
-    pub version: &'static str,
+    pub version: Version,
     pub read_only: bool,
     /// Further options of nfs(5), already checked; never one that this file sets.
     pub options: Vec<(String, Option<String>)>,
@@ -42,35 +76,36 @@ impl Export {
         port.filter(|&port| port != 0).unwrap_or(PORT)
     }
 
-    /// Mounts the export from the server at `address`, attached nowhere.
-    ///
-    /// Waits for the server: call it where waiting is allowed.
-    pub fn mount(&self, address: IpAddr) -> Result<DetachedMount> {
-        let fs_type = if self.version == "3" { "nfs" } else { "nfs4" };
+    /// Whether the transport is RDMA, for which the server need not listen on TCP.
+    pub fn is_rdma(&self) -> bool {
+        let proto = self.options.iter().find(|(key, _)| key == "proto");
+        proto.and_then(|(_, value)| value.as_deref()).is_some_and(|value| value.starts_with("rdma"))
+    }
+
+    /// The mount of the export from the server at `address`. [`explain`] has words for the errors of making it.
+    pub fn mount_from(&self, address: IpAddr) -> Result<NewMount> {
         let what = format!("{self} (nfs {}, {address})", self.version);
-        let context = FsContext::new(fs_type, &what)?;
-        context.set("source", &self.to_string())?;
-        context.set("vers", self.version)?;
-        context.set("addr", &address.to_string())?;
-        if self.version == "3" {
-            context.set_flag("nolock")?;
-        } else {
-            let own = own_address(SocketAddr::new(address, self.port()))
-                .map_err(|errno| explain(Error::new(format!("mount {what}"), errno)))?;
-            context.set("clientaddr", &own.to_string())?;
-        }
-        for (key, value) in &self.options {
-            match value {
-                Some(value) => context.set(key, value)?,
-                None => context.set_flag(key)?,
+        let fs_type = match self.version {
+            Version::V3 => "nfs",
+            Version::V4_0 | Version::V4_1 | Version::V4_2 => "nfs4",
+        };
+        let new = NewMount::new(fs_type, &what).about(Subject::Server);
+        let new = new.set("source", self).set("vers", self.version).set("addr", address);
+        let mut new = match self.version {
+            Version::V3 => new.flag("nolock"),
+            Version::V4_0 | Version::V4_1 | Version::V4_2 => {
+                let own = own_address(SocketAddr::new(address, self.port()));
+                let own = own.map_err(|errno| Error::new(format!("mount {what}"), errno).about(Subject::Server));
+                new.set("clientaddr", own.map_err(explain)?)
             }
+        };
+        for (key, value) in &self.options {
+            new = match value {
+                Some(value) => new.set(key, value),
+                None => new.flag(key),
+            };
         }
-        let mut attributes = CONFINED;
-        if self.read_only {
-            context.set_flag("ro")?;
-            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-        }
-        context.mount(attributes).map_err(explain)
+        Ok(if self.read_only { new.read_only() } else { new })
     }
 }
 
@@ -82,8 +117,7 @@ pub fn set_read_ahead(mount: impl AsFd, kib: u32) -> Result<()> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let device = rustix::fs::statx(mount, "", flags, StatxFlags::empty()).doing(|| "look at an NFS mount".into())?;
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", device.stx_dev_major, device.stx_dev_minor);
-    std::fs::write(&path, kib.to_string())
-        .map_err(|error| Error::new(format!("write {path}"), Errno::from_io_error(&error).unwrap_or(Errno::IO)))
+    std::fs::write(&path, kib.to_string()).doing(|| format!("write {path}"))
 }
 
 /// What to look at for the errors that NFS mounts are known to end with.
@@ -120,7 +154,7 @@ fn own_address(server: SocketAddr) -> std::result::Result<IpAddr, Errno> {
     });
     match address {
         Ok(address) => Ok(address.ip()),
-        Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::HOSTUNREACH)),
+        Err(error) => Err(errno_of(&error)),
     }
 }
 
@@ -136,7 +170,7 @@ mod tests {
         Export {
             host: host.into(),
             path: "/images".into(),
-            version: "4.2",
+            version: Version::V4_2,
             read_only: true,
             options: options.iter().map(|(key, value)| ((*key).into(), value.map(Into::into))).collect(),
         }
@@ -146,6 +180,22 @@ mod tests {
     fn an_ipv6_server_is_written_in_brackets() {
         assert_eq!(export("fd00::2", &[]).to_string(), "[fd00::2]:/images");
         assert_eq!(export("nfs.example.org", &[]).to_string(), "nfs.example.org:/images");
+    }
+
+    fn options(export: &Export) -> Vec<String> {
+        let options = export.mount_from([127, 0, 0, 1].into()).unwrap().options.into_iter();
+        options.map(|(key, value)| value.map_or(key.clone(), |value| format!("{key}={value}"))).collect()
+    }
+
+    #[test]
+    fn the_kernel_gets_addresses_and_the_options_of_the_version() {
+        let mut export = export("server", &[("hard", None), ("timeo", Some("600"))]);
+        let v4 = "source=server:/images,vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,hard,timeo=600,ro";
+        assert_eq!(options(&export).join(","), v4);
+        (export.version, export.read_only) = (Version::V3, false);
+        let v3 = "source=server:/images,vers=3,addr=127.0.0.1,nolock,hard,timeo=600";
+        assert_eq!(options(&export).join(","), v3);
+        assert_eq!(export.mount_from([127, 0, 0, 1].into()).unwrap().fs_type, "nfs");
     }
 
     #[test]

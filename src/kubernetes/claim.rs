@@ -7,7 +7,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
 use tokio::sync::OnceCell;
 
-use crate::volume::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 
 /// How long the API server may take.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -15,7 +15,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::spec::policy::Policy;
-use crate::spec::{SpecError, json};
+use crate::spec::{MOUNT_SPEC, SpecError, json};
 
 /// Where the pod sees the image.
 const MOUNT_PATH: &str = "/image";
@@ -62,14 +62,14 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
     let invalid = |message: String| SpecError::invalid("container", "", message);
     let container: ImageApiContainer =
         serde_json::from_str(text).map_err(|error| invalid(format!("no container of the ImageAPI: {error}")))?;
-    let mount = json::parse(container.mount.get())?;
-    mount.check(policy)?;
+    let parsed = json::parse(container.mount.get())?;
+    let mut notes = parsed.warnings().to_vec();
+    let mount = parsed.allowed_by(policy)?;
     let command = shlex::split(&container.command)
         .filter(|words| !words.is_empty())
         .ok_or_else(|| invalid("command: is empty, or has a quote without its end".into()))?;
     let spec: Value = serde_json::from_str(container.mount.get()).map_err(|error| invalid(error.to_string()))?;
 
-    let mut notes = mount.warnings.clone();
     notes.push(format!("command: it runs in a chroot at {MOUNT_PATH}, without /proc, /dev and the pod's resolv.conf"));
     if container.systemd {
         notes
@@ -83,7 +83,7 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
     }
     let objects = Objects {
         name: label(container.name.as_deref().unwrap_or_default()),
-        mode: if mount.mount.is_writable() { "ReadWriteMany" } else { "ReadOnlyMany" },
+        mode: if mount.is_writable() { "ReadWriteMany" } else { "ReadOnlyMany" },
         // Pretty, because it is for people to read on.
         spec: format!("{spec:#}\n"),
         command,
@@ -125,7 +125,7 @@ impl Objects<'_> {
         let csi = CSIPersistentVolumeSource {
             driver: self.surroundings.driver_name.to_owned(),
             volume_handle: format!("{}/{}", self.surroundings.namespace, self.name),
-            volume_attributes: Some(BTreeMap::from([(json::PARAMETER.to_owned(), self.spec.clone())])),
+            volume_attributes: Some(BTreeMap::from([(MOUNT_SPEC.to_owned(), self.spec.clone())])),
             ..Default::default()
         };
         let claim = ObjectReference {

@@ -9,7 +9,7 @@ use crate::spec::policy::Policy;
 use crate::volume;
 
 /// What is examined.
-pub struct Patient {
+pub struct Examined {
     pub data_dir: PathBuf,
     pub kubelet_dir: PathBuf,
     pub policy: Policy,
@@ -43,7 +43,7 @@ impl fmt::Display for Finding {
 }
 
 /// Looks at everything, also after something bad. Makes and removes a directory in the data directory; asks each server once.
-pub async fn examine(patient: &Patient) -> Vec<Finding> {
+pub async fn examine(examined: &Examined) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |what: &str, verdict: Verdict| findings.push(Finding { what: what.to_owned(), verdict });
     for Support { what, needed, outcome } in support::list() {
@@ -56,8 +56,8 @@ pub async fn examine(patient: &Patient) -> Vec<Finding> {
             },
         );
     }
-    find("kubelet directory", kubelet_directory(&patient.kubelet_dir));
-    let data_dir = patient.data_dir.clone();
+    find("kubelet directory", kubelet_directory(&examined.kubelet_dir));
+    let data_dir = examined.data_dir.clone();
     find(
         "writable layers",
         match volume::try_overlay(&data_dir).await {
@@ -65,14 +65,14 @@ pub async fn examine(patient: &Patient) -> Vec<Finding> {
             Err(error) => Verdict::Weak(format!("{error}: volumes with \"overlay: directory\" will fail")),
         },
     );
-    let servers: Vec<_> = patient.policy.hosts().chain(patient.servers.iter().map(String::as_str)).collect();
+    let servers: Vec<_> = examined.policy.hosts().chain(examined.servers.iter().map(String::as_str)).collect();
     if servers.is_empty() {
         find("servers", Verdict::Good("none to ask: name them as arguments, or in a policy".into()));
     }
     for server in servers {
         find(
             &format!("server {server}"),
-            match volume::ask_server(server).await {
+            match volume::ask_host(server).await {
                 Ok(answer) => Verdict::Good(answer),
                 Err(error) => Verdict::Weak(error.to_string()),
             },

@@ -16,12 +16,13 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::scrape;
+use crate::error::Result;
 use crate::kubernetes::registration::Registered;
-use crate::volume::{self, Error, Kind, Volumes};
+use crate::single_flight::Flights;
+use crate::volume::{self, Volumes};
 
 /// How long the process may take to accept a connection to its own socket.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -40,8 +41,8 @@ pub struct Watched {
     pub registered: Option<watch::Receiver<Registered>>,
     /// What kept the process from being ready when it was last asked.
     known_problems: watch::Sender<String>,
-    readyz: Turn,
-    metrics: Turn,
+    /// Whoever asks while an answer is made gets that one: many clients cost no more than one.
+    answers: Flights<&'static str, (), Arc<str>>,
 }
 
 impl Watched {
@@ -50,24 +51,35 @@ impl Watched {
         volumes: Option<Arc<Volumes>>,
         registered: Option<watch::Receiver<Registered>>,
     ) -> Self {
-        let (readyz, metrics) = (Turn::default(), Turn::default());
-        Watched { csi_socket, volumes, registered, known_problems: watch::Sender::default(), readyz, metrics }
+        let (known_problems, answers) = (watch::Sender::default(), Flights::default());
+        Watched { csi_socket, volumes, registered, known_problems, answers }
     }
-}
 
-/// What one request after the other does: many clients cost no more than one.
-#[derive(Default)]
-struct Turn(Arc<Mutex<()>>);
-
-impl Turn {
-    /// Does `work` to its end, also for a client that is gone meanwhile: those who come and go would cost more than one otherwise.
-    async fn take<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T, JoinError> {
-        let turn = Arc::clone(&self.0).lock_owned().await;
-        let work = async move {
-            let _turn = turn;
-            work.await
-        };
-        tokio::spawn(work).await
+    /// What keeps the process from being ready, a line each. Kubernetes shows no more of an answer than its status, so that what is
+    /// new is logged.
+    async fn problems(&self) -> String {
+        let mut problems = Vec::new();
+        if self.volumes.is_some() {
+            match volume::missing().await {
+                Ok(missing) => {
+                    problems.extend(missing.into_iter().map(|missing| format!("this node lacks: {missing}")));
+                }
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
+        match self.registered.as_ref().map(|registered| registered.borrow().clone()) {
+            None | Some(Registered::Yes) => {}
+            Some(Registered::NotYet) => problems.push("the kubelet has not registered the driver yet".into()),
+            Some(Registered::Refused(why)) => problems.push(format!("the kubelet refused the driver: {why}")),
+        }
+        let problems = problems.join("\n");
+        let before = self.known_problems.send_replace(problems.clone());
+        match (problems.is_empty(), before == problems) {
+            (false, false) => tracing::warn!("not ready: {problems}"),
+            (true, false) => tracing::info!("ready"),
+            _ => {}
+        }
+        problems
     }
 }
 
@@ -139,49 +151,20 @@ async fn healthz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
 /// Ready when the kernel has what is needed and the kubelet knows the driver.
 async fn readyz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
     let asked = Arc::clone(&watched);
-    let problems = watched.readyz.take(async move {
-        let problems = asked.problems().await.join("\n");
-        // Kubernetes shows no more of an answer than its status.
-        let before = asked.known_problems.send_replace(problems.clone());
-        match (problems.is_empty(), before == problems) {
-            (false, false) => tracing::warn!("not ready: {problems}"),
-            (true, false) => tracing::info!("ready"),
-            _ => {}
-        }
-        problems
-    });
+    let problems = watched.answers.run(&"readyz", || async move { Ok(asked.problems().await.into()) });
     match problems.await {
         Ok(problems) if problems.is_empty() => (StatusCode::OK, "ok\n".into()),
-        Ok(problems) => (StatusCode::SERVICE_UNAVAILABLE, problems + "\n"),
+        Ok(problems) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problems}\n")),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-    }
-}
-
-impl Watched {
-    async fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        if self.volumes.is_some() {
-            match volume::missing().await {
-                Ok(missing) => {
-                    problems.extend(missing.into_iter().map(|missing| format!("this node lacks: {missing}")));
-                }
-                Err(error) => problems.push(error.to_string()),
-            }
-        }
-        match self.registered.as_ref().map(|registered| registered.borrow().clone()) {
-            None | Some(Registered::Yes) => {}
-            Some(Registered::NotYet) => problems.push("the kubelet has not registered the driver yet".into()),
-            Some(Registered::Refused(why)) => problems.push(format!("the kubelet refused the driver: {why}")),
-        }
-        problems
     }
 }
 
 async fn metrics(State(watched): State<Arc<Watched>>) -> impl IntoResponse {
     let asked = Arc::clone(&watched);
-    let text = watched.metrics.take(async move { scrape::scrape(&asked).await });
-    match text.await.unwrap_or_else(|error| Err(Error::new(Kind::Internal, error.to_string()))) {
-        Ok(text) => ([(CONTENT_TYPE, scrape::CONTENT_TYPE)], text).into_response(),
+    let text: Result<Arc<str>> =
+        watched.answers.run(&"metrics", || async move { Ok(scrape::scrape(&asked).await?.into()) }).await;
+    match text {
+        Ok(text) => ([(CONTENT_TYPE, scrape::CONTENT_TYPE)], text.to_string()).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }

@@ -1,4 +1,4 @@
-//! What an operator looks at: health, readiness and metrics, on one HTTP port.
+//! What an operator looks at: health, readiness and metrics on one HTTP port, and the doctor.
 
 pub mod doctor;
 mod http;

@@ -9,10 +9,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Watched;
+use crate::error::{Error, Kind, Result};
 use crate::kernel::mountstats::NfsCounters;
 use crate::kubernetes::registration::Registered;
 use crate::metrics::{self, Labels};
-use crate::volume::{Error, Kind, Observation, Result};
+use crate::volume::Observation;
 
 /// The media type of the text format of OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -37,7 +38,7 @@ pub async fn scrape(watched: &Watched) -> Result<String> {
 }
 
 fn register_volumes(registry: &mut Registry, observation: &Observation) {
-    let Observation { staged, abnormal, published, loop_devices, .. } = observation;
+    let Observation { staged, abnormal, unreadable_records, published, loop_devices, .. } = observation;
     let mounted = published.iter().filter(|volume| volume.mounted.is_some()).count();
     let images: HashSet<_> = loop_devices.iter().map(|device| (&device.image, device.size)).collect();
     register(registry, "staged_volumes", "Volumes that are staged", count(*staged));
@@ -45,6 +46,8 @@ fn register_volumes(registry: &mut Registry, observation: &Observation) {
     let help =
         "Published volumes whose image changed, or whose server did not answer, when the kubelet last asked about them";
     register(registry, "abnormal_volumes", help, count(*abnormal));
+    let help = "Records of published paths that this version of the driver cannot read: another one wrote them";
+    register(registry, "unreadable_records", help, count(*unreadable_records));
     register(registry, "loop_devices", "Loop devices of this driver", count(loop_devices.len()));
     register(registry, "images", "Images that are attached", count(images.len()));
     let read = Family::<Labels<2>, Counter>::default();

@@ -9,17 +9,12 @@
 
 mod reader;
 
-use super::{
-    error::SpecError,
-    mount_options::MountOptions,
-    parameters::Parsed,
-    read::{self, Object},
-    wire,
-};
+use super::error::SpecError;
+use super::mount_options::MountOptions;
+use super::parsed::{Form, Parsed};
+use super::read::{self, Object};
+use super::{MOUNT_SPEC, wire};
 use reader::Reader;
-
-/// The parameter that holds a `mount` object.
-pub const PARAMETER: &str = "mountSpec";
 
 /// Reads one `mount` object of at most 64 KiB.
 pub fn parse(text: &str) -> Result<Parsed, SpecError> {
@@ -31,15 +26,15 @@ pub(super) fn parse_with(text: &str, options: &MountOptions) -> Result<Parsed, S
     let mut reader = Reader::new(options);
     let mount = reader.mount("", Object(wire(text)?), 1)?;
     options.check_use(&mount)?;
-    Ok(Parsed { mount, warnings: reader.warnings, flat: false })
+    Ok(Parsed::new(mount, reader.warnings, Form::Json))
 }
 
 /// Reads the shape of a `mount` object: its fields and their types, not what their strings say.
 pub(super) fn wire(text: &str) -> Result<wire::Mount, SpecError> {
-    read::json(PARAMETER, text).map_err(|error| match is_container(text) {
+    read::json(MOUNT_SPEC, text).map_err(|error| match is_container(text) {
         true => {
             let hint = "this is a container definition: pass the object in its field \"mount\"";
-            SpecError::invalid(PARAMETER, "", hint)
+            SpecError::invalid(MOUNT_SPEC, "", hint)
         }
         false => error,
     })
@@ -47,7 +42,7 @@ pub(super) fn wire(text: &str) -> Result<wire::Mount, SpecError> {
 
 /// Whether someone passed an ImageAPI container, or anything else around a `mount` object, in place of that object.
 fn is_container(text: &str) -> bool {
-    let value: Option<serde_json::Value> = read::json(PARAMETER, text).ok();
+    let value: Option<serde_json::Value> = read::json(MOUNT_SPEC, text).ok();
     value.is_some_and(|value| value.get("mount").is_some() && value.get("kind").is_none())
 }
 

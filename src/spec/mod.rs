@@ -8,6 +8,7 @@ pub mod json;
 mod mount_options;
 pub mod options;
 pub mod parameters;
+mod parsed;
 mod pattern;
 pub mod plan;
 pub mod policy;
@@ -19,20 +20,23 @@ mod text;
 mod tree;
 mod wire;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use std::fmt;
 
-pub use error::SpecError;
-pub use parameters::Parsed;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
+pub use error::SpecError;
+pub use parsed::{Allowed, Parsed};
+
+/// The parameter that holds a JSON `mount` object.
+pub const MOUNT_SPEC: &str = "mountSpec";
 /// The deepest nesting of mounts accepted in one spec.
 pub const MAX_DEPTH: usize = 8;
 /// The most lower layers accepted in one overlay: their names must fit into one mount option of 256 bytes.
 pub const MAX_LOWER: usize = 20;
 
 /// One mount of a spec. The tree is owned: every nested mount belongs to exactly one parent.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Mount {
     /// A file system on a block device.
     Attach(Attach),
@@ -45,7 +49,7 @@ pub enum Mount {
 }
 
 /// An NFS export and how to mount it (nfs(5)).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Nfs {
     /// A host name, an IPv4 address, or an IPv6 address without brackets.
     pub host: String,
@@ -57,8 +61,18 @@ pub struct Nfs {
     pub options: Vec<NfsOption>,
 }
 
+/// As mount(8) writes it: `192.168.3.253:/images`, `[fd00::2]:/images`.
+impl fmt::Display for Nfs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.path),
+            false => write!(f, "{}:{}", self.host, self.path),
+        }
+    }
+}
+
 /// The NFS protocol versions that Linux speaks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum NfsVersion {
     V3,
     V4_0,
@@ -77,9 +91,7 @@ impl NfsVersion {
             NfsVersion::V4_2 => "4.2",
         }
     }
-}
 
-impl NfsVersion {
     /// Reads a version as a user writes it. `4` is the newest minor version, as in nfs(5); it is not negotiated down.
     pub fn parse(text: &str) -> Result<NfsVersion, String> {
         match text {
@@ -102,7 +114,7 @@ impl fmt::Display for NfsVersion {
 }
 
 /// One option of nfs(5): `hard`, or `timeo=600`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NfsOption {
     pub key: String,
     pub value: Option<String>,
@@ -118,7 +130,7 @@ impl fmt::Display for NfsOption {
 }
 
 /// A file system, always mounted read-only, and the device that holds it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Attach {
     pub fs_type: FsType,
     /// `noexec` was among the mount options.
@@ -148,9 +160,7 @@ impl FsType {
             FsType::Xfs => "xfs",
         }
     }
-}
 
-impl FsType {
     /// Reads the kernel's name of a file system.
     pub fn parse(text: &str) -> Result<FsType, String> {
         let known = FsType::ALL.map(FsType::as_str);
@@ -166,7 +176,7 @@ impl fmt::Display for FsType {
 }
 
 /// What provides the blocks.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     /// A regular file behind a loop device.
     Loopback(Loopback),
@@ -175,7 +185,7 @@ pub enum Device {
 }
 
 /// An image file: `path` below `base`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Loopback {
     /// Relative to the base, without a leading slash; may contain symlinks that stay inside the base.
     pub path: String,
@@ -183,7 +193,7 @@ pub struct Loopback {
 }
 
 /// Where a path starts.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Base {
     /// The node's own root directory.
     Root,
@@ -191,8 +201,22 @@ pub enum Base {
     Mount(Box<Mount>),
 }
 
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Base::Root => f.write_str("the node's root directory"),
+            Base::Mount(mount) => match &**mount {
+                Mount::Nfs(nfs) => nfs.fmt(f),
+                Mount::Attach(_) => f.write_str("another image"),
+                Mount::Bind(_) => f.write_str("a bound directory"),
+                Mount::Overlay(_) => f.write_str("an overlay"),
+            },
+        }
+    }
+}
+
 /// A directory `path` below `base`, bind-mounted. One of the node is read-only, whatever `read_only` says.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Bind {
     /// Relative to the base, without a leading slash; empty means the base itself.
     pub path: String,
@@ -202,7 +226,7 @@ pub struct Bind {
 }
 
 /// Layers of directories (Documentation/filesystems/overlayfs.rst).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Overlay {
     /// Uppermost first; never empty, at most [`MAX_LOWER`].
     pub lower: Vec<Mount>,
@@ -210,7 +234,7 @@ pub struct Overlay {
 }
 
 /// The writable layer on top of an overlay; it ends with the published path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Upper {
     /// A directory on the node's disk, where the driver keeps its data.
     #[default]

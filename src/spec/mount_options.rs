@@ -1,11 +1,8 @@
 //! The mount options of a volume (a PersistentVolume's `mountOptions`), as users of other NFS drivers write them:
 //! options of nfs(5), the protocol version among them, mixed with words of mount(8).
 
-use super::{
-    Mount, NfsOption, NfsVersion,
-    error::{SpecError, quote},
-    options,
-};
+use super::error::{SpecError, quote};
+use super::{Mount, NfsOption, NfsVersion, options};
 
 /// The parameter that errors of this module name.
 pub(super) const PARAMETER: &str = "mountOptions";
@@ -43,7 +40,7 @@ impl MountOptions {
     /// Refuses options that have nothing in `mount` to act on.
     pub fn check_use(&self, mount: &Mount) -> Result<(), SpecError> {
         let (mut exports, mut images) = (0, 0);
-        mount.walk("", &mut |_, mount| {
+        mount.try_visit(&mut |_, mount| {
             match mount {
                 Mount::Nfs(_) => exports += 1,
                 Mount::Attach(_) => images += 1,

@@ -1,10 +1,9 @@
 //! The options of nfs(5) that a user may set, one by one. What is not in the table below never reaches the kernel.
 
-use super::{
-    NfsOption,
-    error::{quote, unknown},
-};
 use std::ops::RangeInclusive;
+
+use super::NfsOption;
+use super::error::{quote, unknown};
 
 /// What follows an option's `=`.
 enum Value {

@@ -1,43 +1,19 @@
 //! The attributes of a volume: a JSON `mount` object in `mountSpec`, or the flat form that covers one image on one
 //! export.
 
-use super::{
-    Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper,
-    error::{SpecError, unknown},
-    json,
-    mount_options::{self, MountOptions},
-    options,
-    policy::Policy,
-    quantity, text,
-};
 use std::collections::BTreeMap;
 
-/// A spec that was read, and what its author should know about it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parsed {
-    pub mount: Mount,
-    /// What was ignored, one sentence each.
-    pub warnings: Vec<String>,
-    /// Whether the flat form was used.
-    pub flat: bool,
-}
-
-impl Parsed {
-    /// [`Policy::check`], with errors that name the places of the form that the user wrote.
-    pub fn check(&self, policy: &Policy) -> Result<(), SpecError> {
-        policy.check(&self.mount).map_err(|mut error| {
-            if self.flat {
-                error.parameter = flat_name(&error.pointer).to_owned();
-                error.pointer = String::new();
-            }
-            error
-        })
-    }
-}
+use super::error::{SpecError, unknown};
+use super::mount_options::{self, MountOptions};
+use super::parsed::{Form, Parsed};
+use super::{
+    Attach, Base, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper, json, options,
+    quantity, text,
+};
 
 /// Every parameter, in the spelling that is documented. Other spellings that differ only in case are understood.
 pub(super) const KNOWN: &[&str] = &[
-    json::PARAMETER,
+    MOUNT_SPEC,
     "server",
     "share",
     "image",
@@ -68,7 +44,7 @@ pub fn parse_attributes<'a>(
     let mut mount_options = mount_options.to_vec();
     mount_options.extend(attributes.remove(mount_options::PARAMETER));
     let mount_options = mount_options::parse(&mount_options)?;
-    let Some(spec) = attributes.remove(json::PARAMETER) else {
+    let Some(spec) = attributes.remove(MOUNT_SPEC) else {
         return flat(&attributes, &mount_options);
     };
     match attributes.keys().next() {
@@ -128,7 +104,7 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         Upper::None => image,
         upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
     };
-    Ok(Parsed { mount, warnings: Vec::new(), flat: true })
+    Ok(Parsed::new(mount, Vec::new(), Form::Flat))
 }
 
 fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
@@ -142,16 +118,6 @@ fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
         (None | Some("none" | "directory"), Some(_)) => Err(invalid("overlaySize", "is only for \"overlay: tmpfs\"")),
         (Some(other), _) => Err(invalid("overlay", unknown("value", other, &["none", "directory", "tmpfs"]))),
     }
-}
-
-/// The flat parameter that became the place with this JSON pointer.
-fn flat_name(pointer: &str) -> &'static str {
-    for (end, name) in [("/host", "server"), ("/nfs/path", "share"), ("/fs_type", "fsType")] {
-        if pointer.ends_with(end) {
-            return name;
-        }
-    }
-    if pointer.contains("/nfs/options") { "nfsOptions" } else { "image" }
 }
 
 fn at(name: &'static str) -> impl Fn(String) -> SpecError {

@@ -62,10 +62,9 @@ fn beneath(steps: &mut Vec<String>, base: &Base, path: &str) -> String {
 
 /// `192.168.3.253:/images (nfs 4.2, ro)`
 fn source(nfs: &Nfs) -> String {
-    let host = if nfs.host.contains(':') { format!("[{}]", nfs.host) } else { nfs.host.clone() };
     let mode = if nfs.read_only { "ro" } else { "rw" };
     let options: String = nfs.options.iter().map(|option| format!(", {option}")).collect();
-    format!("{host}:{} (nfs {}, {mode}{options})", nfs.path, nfs.version)
+    format!("{nfs} (nfs {}, {mode}{options})", nfs.version)
 }
 
 #[cfg(test)]
@@ -75,9 +74,9 @@ mod tests {
 
     #[test]
     fn an_image_under_an_overlay_takes_six_steps() {
-        let mount = json::parse(include_str!("testdata/nfs-loopback.json")).unwrap().mount;
+        let parsed = json::parse(include_str!("testdata/nfs-loopback.json")).unwrap();
         assert_eq!(
-            plan(&mount),
+            plan(parsed.mount()),
             [
                 "mount NFS 192.168.3.253:/images (nfs 4.2, ro) out of the host's sight",
                 "open image.sqsh beneath it",
@@ -97,7 +96,7 @@ mod tests {
                 {"fs_type":"xfs","mount_options":["noexec"],"attach":{"kind":"local","local":{"path":"/dev/sda"}}}}}},
             {"kind":"nfs","nfs":{"host":"fd00::1","path":"/a","version":"3","options":["hard"]}}]}}"#;
         assert_eq!(
-            plan(&json::parse(spec).unwrap().mount),
+            plan(json::parse(spec).unwrap().mount()),
             [
                 "bind /etc of the node (ro,nosuid,nodev)",
                 "open the block device /dev/sda read-only",

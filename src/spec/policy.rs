@@ -3,15 +3,12 @@
 //!
 #![doc = concat!("```yaml\n", include_str!("policy/example.yaml"), "```")]
 
-use super::{
-    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs,
-    error::{SpecError, quote, unknown},
-    json, options,
-    pattern::{components, covers, matches, names_host},
-    read::{self, Object, words},
-    text,
-};
 use serde::{Deserialize, Deserializer};
+
+use super::error::{SpecError, quote, unknown};
+use super::pattern::{components, covers, matches, names_host};
+use super::read::{self, Object, words};
+use super::{Attach, Base, Bind, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, options, text};
 
 /// The name of the policy in errors.
 const PARAMETER: &str = "policy";
@@ -70,7 +67,7 @@ fn present_servers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
 }
 
 impl Policy {
-    /// Reads a policy of at most 64 KiB. A file without any field is the default policy.
+    /// Reads a policy of at most 64 KiB. `{}` is the default policy; a text that says nothing at all is refused.
     pub fn parse(text: &str) -> Result<Policy, SpecError> {
         let mut policy: Policy = read::yaml(PARAMETER, text)?;
         policy.validate()?;
@@ -105,14 +102,14 @@ impl Policy {
     }
 
     /// Refuses what the policy does not allow, as [`super::error::ErrorKind::Denied`].
-    pub fn check(&self, mount: &Mount) -> Result<(), SpecError> {
-        mount.walk("", &mut |at, mount| match mount {
+    pub(super) fn check(&self, mount: &Mount) -> Result<(), SpecError> {
+        mount.try_visit(&mut |at, mount| match mount {
             Mount::Attach(attach) => self.check_attach(&format!("{at}/attach"), attach),
             Mount::Bind(Bind { base: Base::Root, path, .. }) => {
                 self.host_paths.check(&format!("{at}/bind/path"), &format!("/{path}"))
             }
             Mount::Nfs(nfs) => self.check_nfs(&format!("{at}/nfs"), nfs),
-            Mount::Bind(_) | Mount::Overlay(_) => Ok(()),
+            Mount::Bind(Bind { base: Base::Mount(_), .. }) | Mount::Overlay(_) => Ok(()),
         })
     }
 
@@ -127,7 +124,7 @@ impl Policy {
             Device::Loopback(Loopback { base: Base::Root, path }) => {
                 self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))
             }
-            Device::Loopback(_) => Ok(()),
+            Device::Loopback(Loopback { base: Base::Mount(_), .. }) => Ok(()),
         }
     }
 
@@ -217,7 +214,7 @@ fn denied<'a>(pointer: String, what: &str, known: impl IntoIterator<Item = &'a s
     }
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     let message = format!("{what} is not allowed by the policy; allowed: {known}");
-    SpecError::denied(json::PARAMETER, &pointer, message)
+    SpecError::denied(MOUNT_SPEC, &pointer, message)
 }
 
 #[cfg(test)]

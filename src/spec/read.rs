@@ -1,16 +1,17 @@
 //! From text to the types that serde reads, with errors that say where, what is allowed there, and what was meant.
 
-use super::{
-    MAX_DEPTH,
-    error::{SpecError, cut, quote, unknown},
-};
+use std::borrow::Cow;
+use std::fmt;
+use std::marker::PhantomData;
+
 use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::{
-    Deserialize, Deserializer,
-    de::{Error, IntoDeserializer, MapAccess, Visitor, value::MapAccessDeserializer},
-};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error, IntoDeserializer, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_path_to_error::{Path, Segment};
-use std::{borrow::Cow, fmt, marker::PhantomData};
+
+use super::MAX_DEPTH;
+use super::error::{SpecError, cut, quote, unknown};
 
 /// The longest text read, in bytes.
 const MAX_TEXT: usize = 64 << 10;
@@ -98,12 +99,16 @@ pub(super) fn json<T: for<'de> Deserialize<'de>>(parameter: &str, text: &str) ->
     Ok(value)
 }
 
-/// Reads a YAML mapping; a text without any value is the default. `parameter` is the text's name in errors.
-pub(super) fn yaml<T: for<'de> Deserialize<'de> + Default>(parameter: &str, text: &str) -> Result<T, SpecError> {
+/// Reads a YAML mapping. `parameter` is the text's name in errors.
+pub(super) fn yaml<T: for<'de> Deserialize<'de>>(parameter: &str, text: &str) -> Result<T, SpecError> {
     check_size(parameter, text)?;
     let value: serde_yaml_ng::Value = serde_yaml_ng::from_str(text)
         .map_err(|error| SpecError::invalid(parameter, "", format!("no YAML: {error}")))?;
-    if value.is_null() { Ok(T::default()) } else { read(parameter, value) }
+    if value.is_null() {
+        // Such as of a pipe that nobody wrote to: it must not pass for a decision.
+        return Err(SpecError::invalid(parameter, "", "says nothing: write {} if every default is meant"));
+    }
+    read(parameter, value)
 }
 
 fn check_size(parameter: &str, text: &str) -> Result<(), SpecError> {

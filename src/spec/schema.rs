@@ -1,8 +1,9 @@
 //! The JSON schema of the `mount` object, generated from the types that read it.
 
-use super::wire;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
+
+use super::wire;
 
 /// The schema (draft 2020-12) of what the parameter `mountSpec` holds. It accepts all that [`super::json::parse`]
 /// accepts; the parser is stricter where a schema cannot say it, such as about the nesting of overlays.

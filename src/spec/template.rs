@@ -6,14 +6,13 @@
 //!
 //! With `imagesFromClaim`, a path pattern, a claim may name its image itself, by an annotation.
 
-use super::{
-    error::{SpecError, quote},
-    json::{self, PARAMETER as MOUNT_SPEC},
-    parameters::{KNOWN, canonical},
-    pattern, text,
-};
-use serde_json::Value;
 use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::error::{SpecError, quote};
+use super::parameters::{KNOWN, canonical};
+use super::{MOUNT_SPEC, json, pattern, text};
 
 /// The templates, and the parameters in which external-provisioner passes their values.
 const TEMPLATES: [(&str, &str); 3] = [
@@ -31,12 +30,12 @@ pub struct Class {
     /// The volume's context: templates replaced, names in their documented spelling, Kubernetes' own parameters dropped.
     pub context: BTreeMap<String, String>,
     /// The claim that may name the image, where the StorageClass says so.
-    pub asks: Option<Asks>,
+    pub claim: Option<NamingClaim>,
 }
 
-/// A claim, and the images that it may name.
+/// A claim that may name its image, and the images that it may name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asks {
+pub struct NamingClaim {
     pub namespace: String,
     pub name: String,
     pattern: String,
@@ -45,7 +44,7 @@ pub struct Asks {
 impl Class {
     /// The context with the image that the claim names in `annotation`, or else with the image of the StorageClass.
     pub fn with_image(mut self, annotation: &str, image: Option<&str>) -> Result<BTreeMap<String, String>, SpecError> {
-        let Some(Asks { pattern, .. }) = self.asks else { return Ok(self.context) };
+        let Some(NamingClaim { pattern, .. }) = self.claim else { return Ok(self.context) };
         match image {
             Some(image) => {
                 let path = text::relative(image).map_err(|message| SpecError::invalid(annotation, "", message))?;
@@ -96,11 +95,15 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         };
         context.insert(name.to_owned(), value);
     }
-    let asks = pattern.map(|pattern| asks(pattern, &context, &values)).transpose()?;
-    Ok(Class { context, asks })
+    let claim = pattern.map(|pattern| naming_claim(pattern, &context, &values)).transpose()?;
+    Ok(Class { context, claim })
 }
 
-fn asks(pattern: String, context: &BTreeMap<String, String>, values: &Values) -> Result<Asks, SpecError> {
+fn naming_claim(
+    pattern: String,
+    context: &BTreeMap<String, String>,
+    values: &Values,
+) -> Result<NamingClaim, SpecError> {
     let invalid = |message: &str| SpecError::invalid(IMAGES_FROM_CLAIM, "", message);
     if context.contains_key(MOUNT_SPEC) {
         return Err(invalid("stands beside \"mountSpec\": it is for the flat form, with server and share"));
@@ -110,7 +113,7 @@ fn asks(pattern: String, context: &BTreeMap<String, String>, values: &Values) ->
     let (Some(namespace), Some(name)) = claim else {
         return Err(invalid("external-provisioner names the claim only with --extra-create-metadata"));
     };
-    Ok(Asks { namespace: (*namespace).to_owned(), name: (*name).to_owned(), pattern })
+    Ok(NamingClaim { namespace: (*namespace).to_owned(), name: (*name).to_owned(), pattern })
 }
 
 /// From a template's name to its value.

@@ -1,12 +1,18 @@
 //! Properties that hold for every text and every mount.
 
-use super::{
-    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper, json, options,
-    parameters::parse_attributes, policy::Policy, schema, template,
-};
-use proptest::{collection::vec, prelude::*, sample::select};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+use serde_json::{Value, json};
+
+use super::parameters::parse_attributes;
+use super::policy::Policy;
+use super::{
+    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper, json, options, schema,
+    template,
+};
 
 /// The JSON form of a mount, which the driver itself never writes.
 fn to_json(mount: &Mount) -> Value {
@@ -130,7 +136,7 @@ proptest! {
         prop_assume!(unique);
         let value = to_json(&mount);
         prop_assert!(schema::tests::is_accepted(&value));
-        let parsed = json::parse(&value.to_string()).map(|parsed| parsed.mount);
+        let parsed = json::parse(&value.to_string()).map(|parsed| parsed.mount().clone());
         prop_assert_eq!(parsed, Ok(mount));
     }
 
@@ -163,7 +169,7 @@ proptest! {
         let map = [("server", server), ("share", share), ("image", image), ("nfsOptions", option)];
         let map: BTreeMap<_, _> = map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         if let Ok(parsed) = parse_attributes(&map, &[]) {
-            parsed.mount.walk::<()>("", &mut |_, mount| {
+            parsed.mount().try_visit::<()>(&mut |_, mount| {
                 if let Mount::Nfs(nfs) = mount {
                     assert!(nfs.options.iter().all(is_known));
                     assert!(!nfs.host.contains(['/', ',', '=', ' ', '[']));

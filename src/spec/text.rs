@@ -1,8 +1,9 @@
 //! The strings of a spec: what a host and a path may look like. Each function returns the canonical form of a string,
 //! so that equal mounts compare equal, or says what is wrong with it.
 
-use super::error::quote;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::error::quote;
 
 /// PATH_MAX of Linux, without the final NUL.
 const MAX_PATH: usize = 4095;

@@ -1,6 +1,6 @@
 //! What can be asked of a mount and those inside it.
 
-use super::{Attach, Base, Bind, Device, Mount, Upper};
+use super::{Attach, Base, Bind, Device, Loopback, Mount, Nfs, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -13,32 +13,155 @@ impl Mount {
         }
     }
 
-    /// Visits this mount and then those inside it, each with its place in the JSON form (a JSON pointer below `at`).
-    pub fn walk<E>(&self, at: &str, visit: &mut impl FnMut(&str, &Mount) -> Result<(), E>) -> Result<(), E> {
-        visit(at, self)?;
+    /// Whether the published path must refuse to execute files: one image with `noexec` is enough.
+    pub fn is_no_exec(&self) -> bool {
+        self.shown().iter().any(|mount| matches!(mount, Mount::Attach(Attach { no_exec: true, .. })))
+    }
+
+    /// The mounts whose files the published path shows: not those that only hold an image.
+    pub fn shown(&self) -> Vec<&Mount> {
         match self {
-            Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) => match &loopback.base {
-                Base::Mount(mount) => mount.walk(&format!("{at}/attach/attach/loopback/mount"), visit),
-                Base::Root => Ok(()),
-            },
-            Mount::Bind(Bind { base: Base::Mount(mount), .. }) => mount.walk(&format!("{at}/bind/mount"), visit),
-            Mount::Overlay(overlay) => {
-                for (index, layer) in overlay.lower.iter().enumerate() {
-                    layer.walk(&format!("{at}/overlay/lower/{index}"), visit)?;
-                }
-                Ok(())
-            }
-            Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => Ok(()),
+            Mount::Attach(_) | Mount::Nfs(_) | Mount::Bind(Bind { base: Base::Root, .. }) => vec![self],
+            Mount::Bind(Bind { base: Base::Mount(mount), .. }) => mount.shown(),
+            Mount::Overlay(overlay) => overlay.lower.iter().flat_map(Mount::shown).collect(),
         }
     }
 
-    /// Whether the published path must refuse to execute files: one image with `noexec` is enough.
-    pub fn is_no_exec(&self) -> bool {
+    /// The image files, each before the image that it lies in.
+    pub fn images(&self) -> Vec<&Loopback> {
+        let mut images = Vec::new();
+        self.visit("", &mut |_, mount| {
+            if let Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) = mount {
+                images.push(loopback);
+            }
+        });
+        images
+    }
+
+    /// What takes the writes; nothing where the mount is not an overlay.
+    pub fn upper(&self) -> Upper {
         match self {
-            Mount::Attach(attach) => attach.no_exec,
-            Mount::Bind(Bind { base: Base::Mount(mount), .. }) => mount.is_no_exec(),
-            Mount::Bind(_) | Mount::Nfs(_) => false,
-            Mount::Overlay(overlay) => overlay.lower.iter().any(Mount::is_no_exec),
+            Mount::Overlay(overlay) => overlay.upper,
+            Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => Upper::None,
         }
+    }
+
+    /// Visits this mount and then those inside it, until a visit fails, each with its place in the JSON form (a JSON pointer).
+    pub fn try_visit<'a, E>(&'a self, visit: &mut impl FnMut(&str, &'a Mount) -> Result<(), E>) -> Result<(), E> {
+        let mut outcome = Ok(());
+        self.visit("", &mut |at, mount| {
+            if outcome.is_ok() {
+                outcome = visit(at, mount);
+            }
+        });
+        outcome
+    }
+
+    fn visit<'a>(&'a self, at: &str, visit: &mut impl FnMut(&str, &'a Mount)) {
+        visit(at, self);
+        match self {
+            Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) => {
+                loopback.base.visit(&format!("{at}/attach/attach/loopback"), visit);
+            }
+            Mount::Bind(bind) => bind.base.visit(&format!("{at}/bind"), visit),
+            Mount::Overlay(overlay) => {
+                for (index, layer) in overlay.lower.iter().enumerate() {
+                    layer.visit(&format!("{at}/overlay/lower/{index}"), visit);
+                }
+            }
+            Mount::Attach(Attach { device: Device::Local { .. }, .. }) | Mount::Nfs(_) => {}
+        }
+    }
+
+    /// One line for each image, export and directory that is shown: `image.sqsh (squashfs) of 10.0.0.5:/images (nfs 4.2)`.
+    pub fn sources(&self) -> Vec<String> {
+        let of = |what: String, base: &Base| match base {
+            Base::Root => vec![format!("{what} of this node")],
+            Base::Mount(mount) => vec![format!("{what} of {}", mount.sources().join(" and "))],
+        };
+        match self {
+            Mount::Nfs(nfs) => vec![format!("{nfs} (nfs {})", nfs.version)],
+            Mount::Attach(Attach { fs_type, device: Device::Loopback(loopback), .. }) => {
+                of(format!("{} ({fs_type})", loopback.path), &loopback.base)
+            }
+            Mount::Attach(Attach { fs_type, device: Device::Local { path }, .. }) => {
+                vec![format!("{path} ({fs_type})")]
+            }
+            Mount::Bind(bind) => of(format!("directory {}", bind.path), &bind.base),
+            Mount::Overlay(overlay) => overlay.lower.iter().flat_map(Mount::sources).collect(),
+        }
+    }
+}
+
+impl Base {
+    fn visit<'a>(&'a self, at: &str, visit: &mut impl FnMut(&str, &'a Mount)) {
+        match self {
+            Base::Root => {}
+            Base::Mount(mount) => mount.visit(&format!("{at}/mount"), visit),
+        }
+    }
+
+    /// The export that a file below this base lies on, itself or in a directory of it.
+    pub fn export(&self) -> Option<&Nfs> {
+        match self {
+            Base::Root => None,
+            Base::Mount(mount) => match &**mount {
+                Mount::Nfs(nfs) => Some(nfs),
+                Mount::Bind(bind) => bind.base.export(),
+                Mount::Attach(_) | Mount::Overlay(_) => None,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::spec::json;
+
+    const SPEC: &str = r#"{"kind":"overlay","overlay":{"lower":[
+        {"kind":"attach","attach":{"fs_type":"erofs","attach":{"kind":"loopback","loopback":{"path":"inner","base":"mount","mount":
+            {"kind":"attach","attach":{"fs_type":"squashfs","attach":{"kind":"loopback","loopback":{"path":"outer","base":"mount",
+                "mount":{"kind":"nfs","nfs":{"host":"fd00::2","path":"/a"}}}}}}}}}},
+        {"kind":"bind","bind":{"path":"opt","base":"mount","mount":{"kind":"nfs","nfs":{"host":"b","path":"/b","version":"3"}}}},
+        {"kind":"bind","bind":{"path":"etc","base":"root"}}]}}"#;
+
+    #[test]
+    fn each_mount_has_a_place_and_each_image_an_export() {
+        let parsed = json::parse(SPEC).unwrap();
+        let mut places = Vec::new();
+        let visit = &mut |at: &str, _: &_| {
+            places.push(at.to_owned());
+            Ok::<_, ()>(())
+        };
+        parsed.mount().try_visit(visit).unwrap();
+        let (layer, inside) = ("/overlay/lower", "attach/attach/loopback/mount");
+        let expected = [
+            String::new(),
+            format!("{layer}/0"),
+            format!("{layer}/0/{inside}"),
+            format!("{layer}/0/{inside}/{inside}"),
+            format!("{layer}/1"),
+            format!("{layer}/1/bind/mount"),
+            format!("{layer}/2"),
+        ];
+        assert_eq!(places, expected);
+        let images = parsed.mount().images();
+        assert_eq!(images.iter().map(|image| image.path.as_str()).collect::<Vec<_>>(), ["inner", "outer"]);
+        assert_eq!(images[1].base.export().unwrap().to_string(), "[fd00::2]:/a");
+        assert!(images[0].base.export().is_none());
+    }
+
+    #[test]
+    fn what_only_holds_an_image_is_not_shown() {
+        let parsed = json::parse(SPEC).unwrap();
+        assert_eq!(parsed.mount().shown().len(), 3);
+        assert_eq!(
+            parsed.mount().sources(),
+            [
+                "inner (erofs) of outer (squashfs) of [fd00::2]:/a (nfs 4.2)",
+                "directory opt of b:/b (nfs 3)",
+                "directory etc of this node",
+            ]
+        );
     }
 }

@@ -1,13 +1,13 @@
 //! The JSON forms, field by field, as serde reads them. The JSON schema is generated from these types, so their
 //! comments are its descriptions. What they cannot say, such as what a host may look like, [`super::json`] checks.
 
-use super::{
-    FsType,
-    read::{Object, Reference, word, words},
-};
 use schemars::{JsonSchema, Schema};
-use serde::{Deserialize, de::IgnoredAny};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
+
+use super::FsType;
+use super::read::{Object, Reference, word, words};
 
 /// A field whose value does not matter.
 type Ignored = Option<IgnoredAny>;

@@ -1,48 +1,82 @@
-//! When things happen: stage, publish, unpublish and unstage of one spec, and what they share.
+//! When things happen: a volume is staged, published, unpublished and unstaged, and volumes share what they can.
 //!
-//! [`Volumes`] is the whole of it. A call runs as one operation under its key ([`in_flight`]); it turns the spec into held kernel objects
-//! ([`prepare`]), those into one detached mount ([`build`]), and attaches that as the last step. Whatever waits for the kernel
-//! runs on a thread of its own ([`blocking`]).
+//! [`Volumes`] is the whole of it. A call runs as one operation under its key ([`in_flight`]). [`source`] turns the spec into held
+//! kernel objects, and those into one detached mount, which is attached as the last step. [`report`] looks at what is there. What must
+//! outlive the process is written down as a [`record`].
+//!
+//! ```text
+//!  kubelet    csi::Node      Volumes            source::Preparer     source::build       kernel
+//!     | stage    |              |                      |                   |                |
+//!     |--------->|-- Allowed -->| key: volume ID       |                   |                |
+//!     |          |              |-- prepare ---------->| resolve, probe    |                |
+//!     |          |              |                      |-------- mount NFS, out of sight -->|
+//!     |          |              |                      |-------- open image, loop device -->|
+//!     |          |              |                      |-------- mount it, detached ------->|
+//!     |          |              |<---- Arc<Prepared> --|                   |                |
+//!     |<---------|<-- staged ---|                      |                   |                |
+//!     | publish  |              |                      |                   |                |
+//!     |--------->|------------->| key: target          |                   |                |
+//!     |          |              | the record, the scratch directory        |                |
+//!     |          |              |-- build ------------------------------->|--- mounts ----->|
+//!     |          |              |<---------------------- DetachedMount ----|                |
+//!     |          |              |----------------------- attach at the target ------------->|
+//!     |<---------|<-- there ----|                      |                   |                |
+//!     | unpublish|              |                      |                   |                |
+//!     |--------->|------------->|----------------------- unmount the target ---------------->|
+//!     |          |              | the record, the scratch directory: to the trash            |
+//!     |<---------|<-- gone -----|                      |                   |                |
+//!     | unstage  |              |                      |                   |                |
+//!     |--------->|------------->| drop Arc<Prepared>: the last one lets go of loop device and export
+//!     |<---------|<-- gone -----|                      |                   |                |
+//! ```
+//!
+//! An inline volume, and any volume after a restart of the driver, is prepared by publish. Where the spec shows an export as it is,
+//! its server is asked once more before the mounts are made.
+//!
+//! **Threads.** One thread serves all calls. Whatever waits for the kernel has a thread of its own ([`crate::blocking`]): at most 16 for
+//! each NFS server, and one for each step that needs this node alone. What is dropped where a server might be waited for is dropped on
+//! yet another ([`crate::blocking::OffThread`]).
+//!
+//! **Order of locks.** None is held while a server is waited for, or across an `.await`. Who holds one takes only those further down:
+//!
+//! 1. [`in_flight::Lease`], while a stage or publish changes what its key stands for, this node's disk included; what supersedes it
+//!    waits for that.
+//! 2. `recording`, while a record is written, so that of two exclusive publications the second sees the first.
+//! 3. For moments: the operations under way, the live objects of [`source`], the places of each server, the deletions of [`record`].
+//! 4. For moments, and each by itself: `staged`, `published`, what [`report`] remembers, the step of an operation, metrics.
 
-mod blocking;
-mod build;
-mod condition;
-mod error;
-mod examine;
-mod exports;
+#[cfg(test)]
+pub mod fixture;
 mod in_flight;
-mod observe;
-mod prepare;
-mod probe;
+mod publication;
 mod publish;
 mod record;
-mod resolve;
-mod shared;
-mod stats;
-pub mod status;
-mod trash;
+mod report;
+mod source;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+pub use publication::{Publication, by_hand};
+pub use report::{Observation, Stats, Usage, status, try_overlay};
+pub use source::ask_host;
 
-pub use error::{Error, Kind, Result};
-pub use examine::{ask_server, try_overlay};
-pub use observe::Observation;
-pub use stats::{Stats, Usage};
-
-use crate::kernel::namespace::PrivateNamespace;
-use crate::kernel::support;
-use crate::metrics;
-use crate::spec::Mount;
+use crate::blocking;
+use crate::error::{Error, Kind, Result};
+use crate::kernel::{Kernel, support};
+use crate::lock::lock;
+use crate::metrics::Timer;
 use crate::spec::policy::Policy;
-use condition::Conditions;
-use in_flight::{InFlight, Lease, Other};
-use prepare::{Prepared, Preparer};
-use trash::Trash;
+use crate::spec::{Allowed, Parsed};
+use in_flight::{InFlight, Key, Lease, Request};
+use record::Records;
+use report::Report;
+use source::mark::Mark;
+use source::{Prepared, Preparer};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -58,88 +92,73 @@ pub struct Config {
     pub host_root: PathBuf,
     /// How many KiB the kernel reads ahead in files of NFS exports; `None` leaves that to the kernel.
     pub nfs_read_ahead: Option<u32>,
-    /// What every spec was checked by.
-    pub policy: Policy,
+    /// What volumes may ask for.
+    pub policy: Arc<Policy>,
     /// How long a call may take before it is answered with `DEADLINE_EXCEEDED`; its work goes on.
     pub timeout: Duration,
 }
 
-/// One volume at one published path.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Publication {
-    pub volume_id: String,
-    pub target: PathBuf,
-    pub mount: Mount,
-    pub read_only: bool,
-    /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
-    #[serde(default)]
-    pub exclusive: bool,
-}
-
-impl Publication {
-    /// One of a person, not of the kubelet.
-    pub fn by_hand(target: PathBuf, mount: Mount, read_only: bool) -> Self {
-        Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false }
-    }
-
-    fn is_by_hand(&self) -> bool {
-        self.volume_id == by_hand(&self.target)
-    }
-}
-
-/// The volume ID of what a person mounted at `target`.
-pub fn by_hand(target: &Path) -> String {
-    format!("by hand: {}", target.display())
-}
-
 /// The volumes of one node.
 pub struct Volumes {
-    config: Config,
-    namespace: Arc<PrivateNamespace>,
-    preparer: Preparer,
+    policy: Arc<Policy>,
+    timeout: Duration,
+    kernel: Arc<dyn Kernel>,
+    mark: Mark,
+    preparer: Arc<Preparer>,
     in_flight: InFlight,
     /// What staged volumes hold, by volume ID.
-    staged: Mutex<HashMap<String, (Mount, Arc<Prepared>)>>,
+    staged: Mutex<HashMap<String, (Allowed, Arc<Prepared>)>>,
     /// What published paths hold. The kernel keeps them alive without it; this keeps the NFS mount for the next volume.
     published: Mutex<HashMap<PathBuf, Arc<Prepared>>>,
-    /// Held while a record is written, so that of two exclusive publications the second sees the first.
     recording: Mutex<()>,
-    trash: Trash,
-    conditions: Conditions,
-    /// What was wrong with published paths when they were last asked about.
-    abnormal: Mutex<HashMap<PathBuf, String>>,
+    records: Records,
+    report: Report,
 }
 
 impl Volumes {
-    /// Makes the mount namespace and the data directory; needs root.
-    pub fn new(config: Config) -> Result<Arc<Self>> {
-        record::create_directories(&config.data_dir)?;
-        let path = config.data_dir.join("trash");
-        let trash = Trash::new(path.clone()).map_err(|error| record::failed("make directory", &path, &error))?;
-        let namespace = Arc::new(PrivateNamespace::new()?);
+    /// Makes the data directory.
+    pub fn new(config: Config, kernel: Arc<dyn Kernel>) -> Result<Arc<Self>> {
+        let Config { driver_name, data_dir, host_root, nfs_read_ahead, policy, timeout } = config;
+        let mark = Mark::new(&driver_name);
+        let records = Records::new(&data_dir)?;
+        let preparer =
+            Preparer::new(Arc::clone(&kernel), Arc::clone(&policy), mark.clone(), &host_root, nfs_read_ahead)?;
+        let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
-            preparer: Preparer::new(Arc::clone(&namespace), &config)?,
-            namespace,
-            config,
+            report: Report::new(
+                Arc::clone(&kernel),
+                mark.clone(),
+                Arc::clone(&policy),
+                Arc::clone(&preparer),
+                records.clone(),
+                timeout,
+            ),
+            policy,
+            timeout,
+            kernel,
+            mark,
+            preparer,
             in_flight: InFlight::default(),
             staged: Mutex::default(),
             published: Mutex::default(),
             recording: Mutex::default(),
-            trash,
-            conditions: Conditions::default(),
-            abnormal: Mutex::default(),
+            records,
         }))
+    }
+
+    /// What the node's policy says to a spec.
+    pub fn allow(&self, spec: Parsed) -> Result<Allowed> {
+        Ok(spec.allowed_by(&self.policy)?)
     }
 
     /// Mounts the exports and attaches the images that the volume needs, and holds them until [`Self::unstage`].
     ///
     /// Staging the same volume again is no work. Another spec under the same ID is `ALREADY_EXISTS`.
-    pub async fn stage(self: &Arc<Self>, volume_id: &str, mount: &Mount) -> Result<()> {
+    pub async fn stage(self: &Arc<Self>, volume_id: &str, mount: &Allowed) -> Result<()> {
         let (this, id, spec) = (Arc::clone(self), volume_id.to_owned(), mount.clone());
         let work = |lease| async move { this.stage_now(id, spec, lease).await };
-        let request = format!("stage {mount:?}");
-        self.in_flight.run(volume_key(volume_id), request, Other::Await, self.config.timeout, work).await
+        let request = Request::Stage((**mount).clone());
+        self.in_flight.run(Key::Volume(volume_id.into()), request, self.timeout, work).await
     }
 
     /// Lets go of what [`Self::stage`] holds, also of a stage that is under way. A volume that is not staged is no error.
@@ -150,11 +169,10 @@ impl Volumes {
             release(held).await;
             Ok(())
         };
-        let request = "unstage".into();
-        self.in_flight.run(volume_key(volume_id), request, Other::Supersede, self.config.timeout, work).await
+        self.in_flight.run(Key::Volume(volume_id.into()), Request::Unstage, self.timeout, work).await
     }
 
-    async fn stage_now(&self, volume_id: String, mount: Mount, lease: Lease) -> Result<()> {
+    async fn stage_now(&self, volume_id: String, mount: Allowed, lease: Lease) -> Result<()> {
         if self.staged(&volume_id, &mount)?.is_some() {
             return Ok(());
         }
@@ -166,7 +184,7 @@ impl Volumes {
     }
 
     /// What the volume holds if it is staged. After a restart of the driver nothing is.
-    fn staged(&self, volume_id: &str, mount: &Mount) -> Result<Option<Arc<Prepared>>> {
+    fn staged(&self, volume_id: &str, mount: &Allowed) -> Result<Option<Arc<Prepared>>> {
         match lock(&self.staged).get(volume_id) {
             Some((staged, held)) if staged == mount => Ok(Some(Arc::clone(held))),
             Some(_) => {
@@ -177,21 +195,31 @@ impl Volumes {
         }
     }
 
+    /// See [`Report::stats`].
+    pub async fn stats(&self, volume_id: &str, path: &Path) -> Result<Stats> {
+        self.report.stats(volume_id, path).await
+    }
+
+    /// What this process and the kernel have at this moment. Asks no server.
+    pub async fn observe(&self) -> Result<Observation> {
+        let staged = lock(&self.staged).len();
+        self.report.observe(staged).await
+    }
+
     /// Waits until the scratch layers of what was unpublished are deleted: for a process that ends.
     pub fn finish_deletions(&self) {
-        self.trash.finish();
+        self.records.finish_deletions();
     }
 
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves
     /// a node, before it does.
     pub fn sweep(&self) {
-        if let Err(error) = self.trash.sweep() {
+        if let Err(error) = self.records.empty_trash() {
             tracing::error!(%error, "sweep");
         }
-        let (data_dir, trash) = (self.config.data_dir.clone(), self.trash.clone());
+        let (records, kernel) = (self.records.clone(), Arc::clone(&self.kernel));
         tokio::spawn(async move {
-            let swept = blocking::run("sweep", move || record::sweep(&data_dir, &trash)).await;
-            if let Err(error) = swept.and_then(|swept| swept) {
+            if let Err(error) = blocking::run("sweep", move || records.sweep(&*kernel)).await {
                 tracing::error!(%error, "sweep");
             }
         });
@@ -200,25 +228,17 @@ impl Volumes {
 
 /// What this node lacks for the driver to work; empty where nothing is missing.
 pub async fn missing() -> Result<Vec<String>> {
-    blocking::run("look what the kernel offers", support::missing).await
+    blocking::run("look what the kernel offers", || Ok::<_, Error>(support::missing())).await
 }
 
 /// Drops what is held where waiting for the kernel is allowed, and waits a little for it to be gone.
 async fn release<T: Send + 'static>(held: T) {
     let gone = blocking::release("release what nobody uses any more", move || {
-        let step = metrics::Step::start("release");
+        let timer = Timer::start("release");
         drop(held);
-        step.end(None);
+        timer.end(None);
+        Ok::<_, Error>(())
     });
     // Late is not lost: the thread goes on.
     let _ = tokio::time::timeout(RELEASE_PATIENCE, gone).await;
-}
-
-fn volume_key(volume_id: &str) -> String {
-    format!("volume {volume_id}")
-}
-
-/// No code panics while it holds one of these locks, so a poisoned one is as good as any.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -1,22 +1,21 @@
 //! Publish and unpublish: one mount at one target path, with what belongs to it.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::blocking::measured;
-use super::build::{UpperLayer, build};
-use super::error::{Error, Kind, Result};
-use super::in_flight::{Lease, Other};
-use super::prepare::Prepared;
-use super::record::{self, Directory, Record};
-use super::{Publication, RELEASE_PATIENCE, Volumes, blocking, lock, release};
-use crate::kernel::loop_device::{self, Tag};
-use crate::kernel::mount::{DetachedMount, MountAttrFlags, is_mount, open_directory, unmount_all};
-use crate::kernel::namespace::PrivateNamespace;
-use crate::kernel::{self, mountinfo};
-use crate::spec::{Mount, Upper};
+use super::in_flight::{Key, Lease, Request};
+use super::publication::Publication;
+use super::record::{Directory, Found, List, Record};
+use super::source::{Prepared, UpperLayer, build};
+use super::{RELEASE_PATIENCE, Volumes, release};
+use crate::blocking::{self, measured};
+use crate::error::{Error, Kind, Result};
+use crate::kernel::mount::{DetachedMount, MountAttrFlags, open_directory};
+use crate::lock::lock;
+use crate::spec::Upper;
 
 impl Volumes {
     /// Mounts the volume at its target, which is made if it is not there; its parent must be.
@@ -26,24 +25,24 @@ impl Volumes {
     /// a target in use is `ALREADY_EXISTS`. On any error nothing is left behind.
     pub async fn publish(self: &Arc<Self>, publication: Publication, staged: bool) -> Result<()> {
         let this = Arc::clone(self);
-        let key = target_key(&publication.target);
-        let request = format!("publish {publication:?}");
+        let (key, request) = (Key::Target(publication.target.clone()), Request::Publish(publication.clone()));
         let work = |lease| this.publish_now(publication, staged, lease);
-        self.in_flight.run(key, request, Other::Await, self.config.timeout, work).await
+        self.in_flight.run(key, request, self.timeout, work).await
     }
 
     async fn publish_now(self: Arc<Self>, publication: Publication, staged: bool, lease: Lease) -> Result<()> {
         let target = publication.target.clone();
-        let directory = Directory::of(&self.config.data_dir, &target);
+        let directory = self.records.of(&target);
         let look = {
-            let (target, directory) = (target.clone(), directory.clone());
-            move || Ok((is_mount(&target)?, directory.read()))
+            let (kernel, target, directory) = (Arc::clone(&self.kernel), target.clone(), directory.clone());
+            move || Ok::<_, Error>((kernel.is_mount(&target)?, directory.read()?))
         };
-        let found: kernel::Result<_> = blocking::run(format!("look at {}", target.display()), look).await?;
-        match found? {
-            (true, Some(record)) if record.publication == publication => return Ok(()),
-            (true, record) => return Err(in_use(&target, record)),
-            (false, _) => {}
+        match blocking::run(format!("look at {}", target.display()), look).await? {
+            (_, Found::Unreadable(unreadable)) => return Err(unreadable.into()),
+            (true, Found::Record(record)) if record.is_of(&publication) => return Ok(()),
+            (true, Found::Record(record)) => return Err(in_use(&target, Some(&record))),
+            (true, Found::Nothing) => return Err(in_use(&target, None)),
+            (false, Found::Record(_) | Found::Nothing) => {}
         }
         let held = match staged {
             true => self.staged(&publication.volume_id, &publication.mount)?,
@@ -54,74 +53,94 @@ impl Volumes {
             None => Arc::new(self.preparer.prepare(&publication.mount).await?),
         };
         let step = format!("mount volume {} at {}", publication.volume_id, target.display());
-        let attached = match self.preparer.ask(&publication.mount).await {
+        let mounted = match self.preparer.probe_shown(&publication.mount).await {
             Ok(places) => {
                 let (this, held) = (Arc::clone(&self), Arc::clone(&held));
-                let attach = move || this.attach(&publication, &held, &directory, &lease);
-                blocking::run_at(places, step, attach).await.and_then(|attached| attached)
+                let mount = move || this.mount_at_target(&publication, &held, &directory, &lease);
+                blocking::run_at(places, step, mount).await
             }
             Err(error) => Err(error),
         };
-        if attached.is_err() {
+        if mounted.is_err() {
             release(held).await;
         }
-        attached
+        mounted
     }
 
     /// Puts the volume at its target, unless the call was superseded: then all is left to the call that did it.
-    fn attach(
+    fn mount_at_target(
         &self,
         publication: &Publication,
         held: &Arc<Prepared>,
         directory: &Directory,
         lease: &Lease,
     ) -> Result<()> {
-        let upper = lease.change(|| self.record(publication, held, directory))?;
-        let mount = mount(publication, held, &self.namespace, upper.as_ref());
+        let recorded = lease.change(|| self.record(publication, held, directory))?;
+        let mount = self.detached(publication, held, recorded.upper.as_ref());
         let replaced = lease.change(|| {
             let attach = || {
                 let mount = mount?;
                 make_target(&publication.target)?;
-                measured("attach", || mount.attach(open_directory(&publication.target)?))?;
+                measured("attach", || self.kernel.attach(&mount, open_directory(&publication.target)?.as_fd()))?;
                 Ok(lock(&self.published).insert(publication.target.clone(), Arc::clone(held)))
             };
             attach().inspect_err(|_| {
                 // The first error is the one to report; what stays is removed by unpublish or by the next call.
-                let _ = directory.remove(&self.trash);
+                if recorded.is_new {
+                    let _ = directory.remove();
+                }
                 let _ = std::fs::remove_dir(&publication.target);
             })
         });
-        // Of a mount that somebody else took off. Released here, where no lock is held.
+        // If there was something to replace, it belongs to a mount that somebody else took off. It is dropped here, where no lock is held.
         replaced.map(drop)
     }
 
-    /// Writes down what is about to be mounted, and returns the writable layer for it.
-    fn record(&self, publication: &Publication, held: &Prepared, directory: &Directory) -> Result<Option<UpperLayer>> {
+    /// The volume's mount, attached nowhere.
+    fn detached(
+        &self,
+        publication: &Publication,
+        held: &Prepared,
+        upper: Option<&UpperLayer>,
+    ) -> Result<DetachedMount> {
+        let mount = build(held, &*self.kernel, upper)?;
+        let mut attributes = MountAttrFlags::empty();
+        if publication.read_only {
+            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+        }
+        // An overlay runs files of all its layers.
+        if publication.mount.is_no_exec() {
+            attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        }
+        if !attributes.is_empty() {
+            self.kernel.restrict(&mount, attributes)?;
+        }
+        Ok(mount)
+    }
+
+    /// Writes down what is about to be mounted.
+    fn record(&self, publication: &Publication, held: &Prepared, directory: &Directory) -> Result<Recorded> {
         let _recording = lock(&self.recording);
         self.check_exclusive(publication)?;
-        let mut scratch = None;
-        match directory.read() {
-            // Of the time before the node was rebooted: the pod's scratch layer is still its own.
-            Some(record) if record.publication == *publication => scratch = record.scratch,
-            // Left by a call that was cut short, and not for this volume.
-            _ => directory.remove(&self.trash)?,
+        let (mut scratch, mut is_new) = (None, true);
+        match directory.read()? {
+            // It is of the time before the node was rebooted: the pod's scratch layer is still its own.
+            Found::Record(record) if record.is_of(publication) => (scratch, is_new) = (record.scratch, false),
+            // It was left by a call that was cut short, and is not for this volume.
+            Found::Record(_) | Found::Nothing => directory.remove()?,
+            Found::Unreadable(unreadable) => return Err(unreadable.into()),
         }
-        let upper = match &publication.mount {
-            Mount::Overlay(overlay) if !publication.read_only => overlay.upper,
-            _ => Upper::None,
+        let upper = if publication.read_only { Upper::None } else { publication.mount.upper() };
+        let upper = match upper {
+            Upper::None => None,
+            Upper::Tmpfs { size } => Some(UpperLayer::Tmpfs { size }),
+            Upper::Directory => {
+                let name = scratch.get_or_insert_with(|| format!("scratch-{}", now()));
+                Some(UpperLayer::Directory(directory.scratch(name)))
+            }
         };
-        if upper == Upper::Directory {
-            scratch = scratch.or_else(|| Some(format!("scratch-{}", now())));
-        }
-        let upper = match (upper, &scratch) {
-            (Upper::Tmpfs { size }, _) => Some(UpperLayer::Tmpfs { size }),
-            (Upper::Directory, Some(name)) => Some(UpperLayer::Directory(directory.scratch(name))),
-            _ => None,
-        };
-        let mut contents = Vec::new();
-        held.contents(&mut contents);
-        directory.write(&Record { publication: publication.clone(), contents, scratch }, &self.trash)?;
-        Ok(upper)
+        directory.write(&Record::new(publication, held.images(), scratch))?;
+        Ok(Recorded { upper, is_new })
     }
 
     /// A volume for one pod is published once: by a mount, or by a call that is about to make it.
@@ -129,12 +148,14 @@ impl Volumes {
         if !publication.exclusive {
             return Ok(());
         }
-        for Record { publication: other, .. } in record::all(&self.config.data_dir)? {
-            if other.volume_id == publication.volume_id
-                && other.target != publication.target
-                && (self.in_flight.is_running(&target_key(&other.target)) || is_mount(&other.target)?)
+        let List { records, unreadable } = self.records.list()?;
+        let readable = records.into_iter().map(|record| (record.volume_id, record.target));
+        let others = unreadable.into_iter().filter_map(|record| Some((record.volume_id?, record.target?)));
+        for (volume_id, target) in readable.chain(others) {
+            if volume_id == publication.volume_id
+                && target != publication.target
+                && (self.in_flight.is_running(&Key::Target(target.clone())) || self.kernel.is_mount(&target)?)
             {
-                let Publication { volume_id, target, .. } = other;
                 let message =
                     format!("volume {volume_id} is for one pod at a time and published at {}", target.display());
                 return Err(Error::new(Kind::FailedPrecondition, message));
@@ -148,28 +169,21 @@ impl Volumes {
     pub async fn unpublish(self: &Arc<Self>, volume_id: &str, target: &Path) -> Result<()> {
         let this = Arc::clone(self);
         let (id, target) = (volume_id.to_owned(), target.to_owned());
-        let key = target_key(&target);
+        let (key, request) = (Key::Target(target.clone()), Request::Unpublish { volume_id: volume_id.to_owned() });
         let work = |_| async move { this.unpublish_now(id, target).await };
-        let request = format!("unpublish {volume_id}");
-        self.in_flight.run(key, request, Other::Supersede, self.config.timeout, work).await
+        self.in_flight.run(key, request, self.timeout, work).await
     }
 
-    async fn unpublish_now(&self, volume_id: String, target: PathBuf) -> Result<()> {
-        let directory = Directory::of(&self.config.data_dir, &target);
+    async fn unpublish_now(self: Arc<Self>, volume_id: String, target: PathBuf) -> Result<()> {
         let look = {
-            let (target, directory) = (target.clone(), directory.clone());
-            let (driver_name, tag) = (self.config.driver_name.clone(), Tag::new(&self.config.driver_name));
-            move || match directory.read() {
-                Some(record) if record.publication.volume_id == volume_id => Ok(()),
-                Some(record) => Err(Error { kind: Kind::NotFound, ..in_use(&target, Some(record)) }),
-                None => check_ours(&target, &driver_name, &tag),
-            }
+            let (this, target) = (Arc::clone(&self), target.clone());
+            move || this.check_whose(&volume_id, &target)
         };
-        blocking::run(format!("look whose {} is", target.display()), look).await??;
-        unmount(&target).await?;
+        blocking::run(format!("look whose {} is", target.display()), look).await?;
+        self.unmount(&target).await?;
         let held = lock(&self.published).remove(&target);
-        lock(&self.abnormal).remove(&target);
-        let trash = self.trash.clone();
+        self.report.forget(&target);
+        let directory = self.records.of(&target);
         let remove = move || {
             match std::fs::remove_dir(&target) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -177,30 +191,69 @@ impl Volumes {
                 }
                 _ => {}
             }
-            directory.remove(&trash)
+            directory.remove()
         };
-        let removed = blocking::run("remove the target and its scratch layer", remove).await?;
+        let removed = blocking::run("remove the target and its scratch layer", remove).await;
         release(held).await;
         removed
     }
+
+    /// Whether what is at the target is this volume. Where there is no record, only a mount that carries the driver's mark is.
+    fn check_whose(&self, volume_id: &str, target: &Path) -> Result<()> {
+        match self.records.of(target).read()? {
+            Found::Record(record) if record.volume_id == volume_id => return Ok(()),
+            Found::Record(record) => return Err(in_use(target, Some(&record)).with_kind(Kind::NotFound)),
+            Found::Unreadable(unreadable) if unreadable.volume_id.as_deref().is_none_or(|id| id == volume_id) => {
+                // There is one because the driver published here. What belongs to the pod ends with the pod.
+                tracing::warn!(target = %target.display(), "unpublished all the same: {unreadable}");
+                return Ok(());
+            }
+            Found::Unreadable(unreadable) => {
+                let message = format!("target {} is in use by another volume: {unreadable}", target.display());
+                return Err(Error::new(Kind::NotFound, message));
+            }
+            Found::Nothing => {}
+        }
+        let table = self.kernel.mounts()?;
+        let here: Vec<_> = table.iter().filter(|mount| Path::new(&mount.mount_point) == target).collect();
+        if here.is_empty() {
+            return Ok(());
+        }
+        let devices = self.kernel.loop_devices(self.mark.tag())?;
+        let devices: Vec<_> = devices.iter().map(|attached| attached.device.number()).collect();
+        match here.iter().all(|mount| self.mark.is_on(mount, &devices)) {
+            true => Ok(()),
+            false => Err(in_use(target, None).with_kind(Kind::FailedPrecondition)),
+        }
+    }
+
+    /// Takes off what is mounted at the target. The name is free at once; what the kernel has to tell a dead server after that
+    /// is not waited for.
+    async fn unmount(&self, target: &Path) -> Result<()> {
+        let (kernel, path) = (Arc::clone(&self.kernel), target.to_owned());
+        let unmount = move || measured("unmount", || kernel.unmount_all(&path));
+        let unmounted = blocking::release(format!("unmount {}", target.display()), unmount);
+        tokio::pin!(unmounted);
+        if let Ok(done) = tokio::time::timeout(RELEASE_PATIENCE, &mut unmounted).await {
+            return done;
+        }
+        let kernel = Arc::clone(&self.kernel);
+        // Of the mount table, because to look at the path might ask the dead server.
+        let table = blocking::run("read the mount table", move || kernel.mounts()).await?;
+        if table.iter().any(|mount| Path::new(&mount.mount_point) == target) {
+            return unmounted.await;
+        }
+        tracing::warn!("unmounted {}; the kernel still waits for the server and goes on by itself", target.display());
+        Ok(())
+    }
 }
 
-/// Where there is no record, only a mount that carries the driver's mark is taken off.
-fn check_ours(target: &Path, driver_name: &str, tag: &Tag) -> Result<()> {
-    let table = mountinfo::read()?;
-    let mut here = table.iter().filter(|mount| Path::new(&mount.mount_point) == target).peekable();
-    if here.peek().is_none() {
-        return Ok(());
-    }
-    let devices: Vec<_> = loop_device::list(tag)?.iter().map(|attached| attached.device.number()).collect();
-    let ours = |mount: &mountinfo::MountInfo| match mount.device {
-        (loop_device::MAJOR, number) => devices.contains(&number),
-        _ => mount.fs_type == "overlay" && mount.source == driver_name,
-    };
-    match here.all(ours) {
-        true => Ok(()),
-        false => Err(Error { kind: Kind::FailedPrecondition, ..in_use(target, None) }),
-    }
+/// What was written down for a mount that is about to be made.
+struct Recorded {
+    /// The writable layer for it.
+    upper: Option<UpperLayer>,
+    /// Nothing of an earlier mount at this path is in it.
+    is_new: bool,
 }
 
 /// Nanoseconds since 1970: a name that no earlier attempt had.
@@ -208,57 +261,9 @@ fn now() -> u128 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos())
 }
 
-/// Takes off what is mounted at the target. The name is free at once; what the kernel has to tell a dead server after that
-/// is not waited for.
-async fn unmount(target: &Path) -> Result<()> {
-    let path = target.to_owned();
-    let unmount = move || measured("unmount", || unmount_all(&path));
-    let unmounted = blocking::release(format!("unmount {}", target.display()), unmount);
-    tokio::pin!(unmounted);
-    if let Ok(done) = tokio::time::timeout(RELEASE_PATIENCE, &mut unmounted).await {
-        done??;
-        return Ok(());
-    }
-    let path = target.to_owned();
-    // Of the mount table, because to look at the path might ask the dead server.
-    let table = blocking::run("read the mount table", mountinfo::read).await??;
-    if table.iter().any(|mount| Path::new(&mount.mount_point) == path) {
-        unmounted.await??;
-    } else {
-        tracing::warn!("unmounted {}; the kernel still waits for the server and goes on by itself", path.display());
-    }
-    Ok(())
-}
-
-/// The volume's mount, attached nowhere.
-fn mount(
-    publication: &Publication,
-    held: &Prepared,
-    namespace: &PrivateNamespace,
-    upper: Option<&UpperLayer>,
-) -> Result<DetachedMount> {
-    let mut attributes = MountAttrFlags::empty();
-    if publication.read_only {
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-    }
-    // An overlay runs files of all its layers.
-    if publication.mount.is_no_exec() {
-        attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    }
-    let mount = build(held, namespace, upper)?;
-    mount.restrict(attributes)?;
-    Ok(mount)
-}
-
-fn target_key(target: &Path) -> String {
-    format!("target {}", target.display())
-}
-
-fn in_use(target: &Path, record: Option<Record>) -> Error {
+fn in_use(target: &Path, record: Option<&Record>) -> Error {
     let by = match record {
-        Some(Record { publication: record, .. }) => {
-            format!("volume {}{}", record.volume_id, if record.read_only { " (read-only)" } else { "" })
-        }
+        Some(record) => format!("volume {}{}", record.volume_id, if record.read_only { " (read-only)" } else { "" }),
         None => "a mount that this driver did not make".into(),
     };
     Error::new(Kind::AlreadyExists, format!("target {} is in use by {by}", target.display()))
@@ -268,7 +273,7 @@ fn in_use(target: &Path, record: Option<Record>) -> Error {
 fn make_target(target: &Path) -> Result<()> {
     match std::fs::create_dir(target) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && target.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_directory(target) => Ok(()),
         Err(error) => {
             let kind = match error.kind() {
                 io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
@@ -279,6 +284,11 @@ fn make_target(target: &Path) -> Result<()> {
             Err(Error::new(kind, format!("make target directory {}: {error}", target.display())))
         }
     }
+}
+
+/// And no symlink to one, below which the mount would be somewhere else.
+fn is_directory(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
 #[cfg(test)]

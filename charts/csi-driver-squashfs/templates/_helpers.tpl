@@ -75,7 +75,6 @@ app.kubernetes.io/component: {{ . }}
 
 {{/* The arguments that node and controller share. */}}
 {{- define "squashfs.commonArgs" -}}
-- --timeout={{ .Values.driver.timeout }}
 - --log-level={{ .Values.logLevel }}
 - --log-format={{ .Values.logFormat }}
 {{- end -}}

@@ -1,14 +1,12 @@
 //! From the fields that were read to a [`Mount`]: everything that their types do not say.
 
-use super::PARAMETER;
+use crate::spec::error::SpecError;
+use crate::spec::mount_options::MountOptions;
+use crate::spec::read::Object;
+use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
-    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, Mount, Nfs, NfsVersion, Overlay, Upper,
-    error::SpecError,
-    mount_options::MountOptions,
-    options, quantity,
-    read::Object,
-    text,
-    wire::{self, AttachOption, DeviceKind, MountKind, UpperKind},
+    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
+    options, quantity, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -172,7 +170,7 @@ impl<'a> Reader<'a> {
     /// Warns of fields that only the ImageAPI writes.
     fn ignore(&mut self, at: &str, returned: &[(&str, bool)]) {
         for (field, _) in returned.iter().filter(|(_, present)| *present) {
-            self.warnings.push(format!("{PARAMETER}{at}/{field}: ignored: only the ImageAPI sets it"));
+            self.warnings.push(format!("{MOUNT_SPEC}{at}/{field}: ignored: only the ImageAPI sets it"));
         }
     }
 }
@@ -212,5 +210,5 @@ fn wrong(at: &str, below: &str) -> impl Fn(String) -> SpecError {
 }
 
 fn invalid(at: &str, below: &str, message: impl AsRef<str>) -> SpecError {
-    SpecError::invalid(PARAMETER, &format!("{at}{below}"), message)
+    SpecError::invalid(MOUNT_SPEC, &format!("{at}{below}"), message)
 }

@@ -1,7 +1,8 @@
 use super::*;
+use crate::spec::error::ErrorKind;
 use crate::spec::{
-    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, Mount, Nfs, NfsVersion, Overlay, Upper,
-    error::ErrorKind, mount_options,
+    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
+    mount_options,
 };
 
 const SEED: &str = include_str!("../testdata/nfs-loopback.json");
@@ -34,7 +35,7 @@ fn the_image_api_s_own_example_is_read() {
         device: Device::Loopback(Loopback { path: "image.sqsh".to_owned(), base }),
     });
     let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::Directory });
-    assert_eq!(parse(SEED), Ok(Parsed { mount, warnings: vec![], flat: false }));
+    assert_eq!(parse(SEED), Ok(Parsed::new(mount, vec![], Form::Json)));
 }
 
 #[test]
@@ -67,7 +68,7 @@ fn uppers_are_ours() {
         ("null", Upper::Directory),
     ] {
         let text = spec(r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":UPPER}}"#).replace("UPPER", text);
-        let Mount::Overlay(overlay) = parse(&text).unwrap().mount else { panic!("no overlay") };
+        let Mount::Overlay(overlay) = parse(&text).unwrap().mount().clone() else { panic!("no overlay") };
         assert_eq!(overlay.upper, upper);
     }
 }
@@ -75,7 +76,7 @@ fn uppers_are_ours() {
 #[test]
 fn noexec_is_kept() {
     let text = spec("IMAGE").replace(r#""attach":{"kind""#, r#""mount_options":["noexec"],"attach":{"kind""#);
-    assert!(parse(&text).unwrap().mount.is_no_exec());
+    assert!(parse(&text).unwrap().mount().is_no_exec());
 }
 
 #[test]
@@ -83,7 +84,7 @@ fn what_the_image_api_returns_is_ignored_with_a_warning() {
     let text = r#"{"kind":"overlay","refs":1,"mountpoint":"/x","overlay":{"workdir":"/w","upperdir":"/u","lower":[
         {"kind":"attach","attach":{"fs_type":"squashfs","attach":{"kind":"local","refs":1,"device_file":"/dev/loop0",
             "local":{"path":"/dev/sda"}}}}]}}"#;
-    let mut places: Vec<_> = parse(text).unwrap().warnings;
+    let mut places = parse(text).unwrap().warnings().to_vec();
     places.sort();
     let expected = [
         "mountSpec/mountpoint",
@@ -99,10 +100,10 @@ fn what_the_image_api_returns_is_ignored_with_a_warning() {
 #[test]
 fn mount_options_reach_every_export_and_image() {
     let options = mount_options::parse(&["vers=4.1", "hard", "ro", "noexec"].map(ToOwned::to_owned));
-    let mount = parse_with(&spec("IMAGE"), &options.unwrap()).unwrap().mount;
+    let mount = parse_with(&spec("IMAGE"), &options.unwrap()).unwrap().mount().clone();
     assert!(mount.is_no_exec());
     mount
-        .walk::<()>("", &mut |_, mount| {
+        .try_visit::<()>(&mut |_, mount| {
             if let Mount::Nfs(nfs) = mount {
                 assert_eq!((nfs.version, nfs.options.len(), nfs.read_only), (NfsVersion::V4_1, 1, true));
             }
@@ -293,7 +294,7 @@ fn mistakes_are_told_with_their_place() {
         let error = parse(&spec(text)).expect_err(text);
         assert_eq!(error.pointer, *pointer, "{text}: {error}");
         assert!(error.message.contains(message), "{text}: {error}");
-        assert_eq!((error.kind, error.parameter.as_str()), (ErrorKind::Invalid, PARAMETER));
+        assert_eq!((error.kind, error.parameter.as_str()), (ErrorKind::Invalid, MOUNT_SPEC));
     }
 }
 

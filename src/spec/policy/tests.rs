@@ -1,8 +1,9 @@
 use super::*;
 use crate::spec::error::ErrorKind;
+use crate::spec::json;
 
 fn check(policy: &str, spec: &str) -> Result<(), SpecError> {
-    Policy::parse(policy).unwrap().check(&json::parse(spec).unwrap().mount)
+    Policy::parse(policy).unwrap().check(json::parse(spec).unwrap().mount())
 }
 
 fn nfs(host: &str, path: &str, option: &str) -> String {
@@ -45,21 +46,27 @@ fn the_example_means_what_it_says() {
 
 #[test]
 fn the_default_allows_any_server_and_nothing_of_the_node() {
-    for policy in ["", "# nothing\n", "---\n", "{}"] {
-        assert_eq!(Policy::parse(policy), Ok(Policy::default()), "{policy:?}");
+    assert_eq!(Policy::parse("{}"), Ok(Policy::default()));
+    assert_allowed("{}", &nfs("any.example.com", "/", "hard"));
+    assert_denied("{}", &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/path");
+    assert_denied("{}", &local("/dev/sda"), "/attach/attach/local/path");
+    assert_denied("{}", r#"{"kind":"bind","bind":{"path":"/etc","base":"root"}}"#, "/bind/path");
+}
+
+#[test]
+fn a_policy_that_says_nothing_does_not_allow_everything() {
+    for policy in ["", "\n", "# nothing\n", "---\n", "~"] {
+        let error = Policy::parse(policy).unwrap_err().to_string();
+        assert_eq!(error, "policy: says nothing: write {} if every default is meant", "{policy:?}");
     }
-    assert_allowed("", &nfs("any.example.com", "/", "hard"));
-    assert_denied("", &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/path");
-    assert_denied("", &local("/dev/sda"), "/attach/attach/local/path");
-    assert_denied("", r#"{"kind":"bind","bind":{"path":"/etc","base":"root"}}"#, "/bind/path");
 }
 
 #[test]
 fn file_systems_for_trusted_images_only_are_denied_by_default() {
     let device = r#"{"kind":"loopback","loopback":{"path":"a","base":"mount","mount":
         {"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
-    assert_allowed("", &image("erofs", device));
-    assert_denied("", &image("ext4", device), "/attach/fs_type");
+    assert_allowed("{}", &image("erofs", device));
+    assert_denied("{}", &image("ext4", device), "/attach/fs_type");
     assert_allowed("fsTypes: [ext4]", &image("ext4", device));
     assert_denied("fsTypes: [ext4]", &image("squashfs", device), "/attach/fs_type");
 }
@@ -126,7 +133,7 @@ fn paths_of_the_node_are_compared_by_components() {
 fn layers_are_checked_too() {
     let spec =
         format!(r#"{{"kind":"overlay","overlay":{{"lower":[{},{}]}}}}"#, nfs("a", "/", "hard"), loopback_root("x"),);
-    assert_denied("", &spec, "/overlay/lower/1/attach/attach/loopback/path");
+    assert_denied("{}", &spec, "/overlay/lower/1/attach/attach/loopback/path");
 }
 
 #[test]

@@ -1,7 +1,10 @@
-use super::*;
+use std::path::Path;
+use std::{env, fs};
+
 use boon::{Compiler, Schemas};
 use serde_json::json;
-use std::{env, fs, path::Path};
+
+use super::*;
 
 /// Validates with an implementation that knows nothing of ours; it checks the schema itself, too.
 pub fn is_accepted(value: &Value) -> bool {

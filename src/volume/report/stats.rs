@@ -9,11 +9,13 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::error::{Error, Kind, Result};
-use super::record::{Directory, Record};
-use super::{Volumes, blocking, lock};
+use super::Report;
+use crate::blocking;
+use crate::error::{Error, Kind, Result};
 use crate::kernel;
-use crate::kernel::mount::is_mount;
+use crate::lock::lock;
+use crate::spec::Allowed;
+use crate::volume::record::{Found, Record};
 
 /// The deepest directory of a scratch layer that is counted, and the most entries: a pod may make more than anyone wants to look at.
 const DEPTH: usize = 64;
@@ -36,23 +38,25 @@ pub struct Usage {
     pub available: u64,
 }
 
-impl Volumes {
+impl Report {
     /// The usage of the volume at `path`: of the scratch layer where it has one, else of the image.
     ///
     /// `NOT_FOUND` where this volume is not published at this path. Answered from the node's memory and disk, unless the
     /// spec shows plain NFS: then its server is asked first whether it is there.
-    pub async fn stats(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Stats> {
+    pub async fn stats(&self, volume_id: &str, path: &Path) -> Result<Stats> {
         let stats = self.look_at_volume(volume_id, path).await?;
-        self.remember_condition(volume_id, path, stats.abnormal.as_deref());
+        self.remember(volume_id, path, stats.abnormal.as_deref());
         Ok(stats)
     }
 
     /// Few clusters show a volume's condition; the log and the metrics of the driver do.
-    fn remember_condition(&self, volume_id: &str, path: &Path, now: Option<&str>) {
-        let mut abnormal = lock(&self.abnormal);
-        let before = match now {
-            Some(now) => abnormal.insert(path.to_owned(), now.to_owned()),
-            None => abnormal.remove(path),
+    fn remember(&self, volume_id: &str, path: &Path, now: Option<&str>) {
+        let before = {
+            let mut abnormal = lock(&self.abnormal);
+            match now {
+                Some(now) => abnormal.insert(path.to_owned(), now.to_owned()),
+                None => abnormal.remove(path),
+            }
         };
         match now {
             _ if before.as_deref() == now => {}
@@ -61,45 +65,63 @@ impl Volumes {
         }
     }
 
-    async fn look_at_volume(self: &Arc<Self>, volume_id: &str, path: &Path) -> Result<Stats> {
-        let directory = Directory::of(&self.config.data_dir, path);
-        let read = {
-            let directory = directory.clone();
-            blocking::run("read the record", move || directory.read()).await?
+    async fn look_at_volume(&self, volume_id: &str, path: &Path) -> Result<Stats> {
+        let directory = self.records.of(path);
+        let record = match blocking::run("read the record", move || directory.read()).await? {
+            Found::Record(record) if record.volume_id == volume_id => record,
+            Found::Unreadable(unreadable) if unreadable.volume_id.as_deref().is_none_or(|id| id == volume_id) => {
+                return Ok(Stats { usage: None, abnormal: Some(unreadable.to_string()) });
+            }
+            Found::Record(_) | Found::Unreadable(_) | Found::Nothing => {
+                let message = format!("volume {volume_id} is not published at {}", path.display());
+                return Err(Error::new(Kind::NotFound, message));
+            }
         };
-        let Some(record) = read.filter(|record| record.publication.volume_id == volume_id) else {
-            let message = format!("volume {volume_id} is not published at {}", path.display());
-            return Err(Error::new(Kind::NotFound, message));
+        // No server is asked that the policy does not allow any more.
+        let mount = match Allowed::new(record.mount.clone(), &self.policy) {
+            Ok(mount) => mount,
+            Err(error) => return Ok(Stats { usage: None, abnormal: Some(format!("mounted once, but now: {error}")) }),
         };
         let step = format!("look at {}", path.display());
-        let look = {
-            let (path, scratch) = (path.to_owned(), record.scratch.as_ref().map(|name| directory.scratch(name)));
-            move || match is_mount(&path)? {
-                true => measure(&path, scratch.as_deref()).map(Some),
-                false => Ok(None),
+        let look = match tokio::time::timeout(self.timeout, self.look(&record, &mount, &step)).await {
+            Ok(look) => look?,
+            Err(_) => {
+                let message = format!("{step}: no answer: is the NFS server up?");
+                return Err(Error::new(Kind::DeadlineExceeded, message));
             }
         };
-        let look = async {
-            match self.preparer.ask(&record.publication.mount).await {
-                Ok(places) => Ok::<_, Error>(Ok(blocking::run_at(places, &step, look).await??)),
-                Err(error) => Ok(Err(error)),
+        Ok(match look {
+            Look::Mounted(usage) => Stats { usage: Some(usage), abnormal: self.conditions.of(&record).await },
+            Look::Unmounted => {
+                let abnormal = "published here, but not mounted any more: delete the pod to mount it again";
+                Stats { usage: None, abnormal: Some(abnormal.into()) }
             }
-        };
-        let late = |_| Error::new(Kind::DeadlineExceeded, format!("{step}: no answer: is the NFS server up?"));
-        let usage = match tokio::time::timeout(self.config.timeout, look).await.map_err(late)?? {
-            Ok(usage) => usage,
-            Err(error) => return Ok(Stats { usage: None, abnormal: Some(error.message) }),
-        };
-        let abnormal = self.what_is_wrong(&record, usage.is_some()).await;
-        Ok(Stats { usage, abnormal })
+            Look::Silent(why) => Stats { usage: None, abnormal: Some(why) },
+        })
     }
 
-    async fn what_is_wrong(self: &Arc<Self>, record: &Record, mounted: bool) -> Option<String> {
-        match mounted {
-            true => self.condition(record).await,
-            false => Some("published here, but not mounted any more: delete the pod to mount it again".into()),
-        }
+    async fn look(&self, record: &Record, mount: &Allowed, step: &str) -> Result<Look> {
+        let places = match self.preparer.probe_shown(mount).await {
+            Ok(places) => places,
+            Err(error) => return Ok(Look::Silent(error.message)),
+        };
+        let (kernel, path) = (Arc::clone(&self.kernel), record.target.clone());
+        let scratch = record.scratch.as_ref().map(|name| self.records.of(&path).scratch(name));
+        let look = move || match kernel.is_mount(&path)? {
+            true => measure(&path, scratch.as_deref()).map(Look::Mounted),
+            false => Ok(Look::Unmounted),
+        };
+        blocking::run_at(places, step, look).await
     }
+}
+
+/// What a look at a published path found.
+enum Look {
+    /// Bytes and inodes.
+    Mounted((Usage, Usage)),
+    Unmounted,
+    /// A server of what the path shows does not answer.
+    Silent(String),
 }
 
 fn measure(path: &Path, scratch: Option<&Path>) -> kernel::Result<(Usage, Usage)> {

@@ -7,9 +7,9 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use hickory_resolver::net::NetError;
 
-use super::blocking::waiting_for;
-use super::error::{Error, Kind, Result};
-use crate::metrics;
+use crate::blocking::waiting_for;
+use crate::error::{Error, Kind, Result};
+use crate::metrics::Timer;
 
 /// How long a name server may take; its own retries are inside of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,10 +22,10 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
         return Ok(vec![address]);
     }
     waiting_for(format!("resolve {host}"));
-    let step = metrics::Step::start("resolve");
+    let timer = Timer::start("resolve");
     let (code, why) = match tokio::time::timeout(PATIENCE, look_up(host)).await {
         Ok(Ok(addresses)) => {
-            step.end(None);
+            timer.end(None);
             return Ok(addresses);
         }
         Ok(Err(error)) if error.is_nx_domain() => ("EAI_NONAME", "no such name".to_owned()),
@@ -33,7 +33,7 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
         Ok(Err(error)) => ("EAI_AGAIN", error.to_string()),
         Err(_) => ("EAI_AGAIN", format!("no answer in {} s", PATIENCE.as_secs())),
     };
-    step.end(Some(code.into()));
+    timer.end(Some(code.into()));
     let hint = "is the name right, and do the driver's name servers (/etc/resolv.conf where it runs) know it?";
     Err(Error::new(Kind::Unavailable, format!("resolve {host}: {why}: {hint}")))
 }

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::lock;
+use crate::lock::lock;
 
 /// A directory on the same file system as what is thrown into it.
 #[derive(Clone, Debug)]

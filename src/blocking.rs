@@ -8,14 +8,14 @@ use std::thread;
 
 use tokio::sync::{Semaphore, oneshot};
 
-use super::error::{Error, Kind, Result};
-use super::lock;
+use crate::error::{Error, Kind, Result};
 use crate::kernel;
-use crate::metrics::{self, Releasing, Waiting};
+use crate::lock::lock;
+use crate::metrics::{self, Releasing, Timer, Waiting};
 
 /// How many threads may wait for one NFS server. What comes later waits for a place, without a thread.
 const PLACES: usize = 16;
-/// The names of the threads, by which [`super::status`] finds them.
+/// The names of the threads, by which others find them.
 pub const WAITING: &str = "csi-wait";
 pub const RELEASING: &str = "csi-release";
 
@@ -26,7 +26,20 @@ tokio::task_local! {
 
 /// The step that an operation is at.
 #[derive(Clone, Debug, Default)]
-pub struct Step(Arc<Mutex<String>>);
+pub struct Step(Arc<Mutex<At>>);
+
+#[derive(Clone, Debug)]
+enum At {
+    Named(String),
+    /// Where the work is that the operation waits for.
+    Behind(Step),
+}
+
+impl Default for At {
+    fn default() -> Self {
+        At::Named(String::new())
+    }
+}
 
 impl Step {
     /// Runs an operation whose waits are to be seen in this step.
@@ -35,7 +48,11 @@ impl Step {
     }
 
     pub fn current(&self) -> String {
-        lock(&self.0).clone()
+        let at = lock(&self.0).clone();
+        match at {
+            At::Named(step) => step,
+            At::Behind(other) => other.current(),
+        }
     }
 }
 
@@ -43,15 +60,24 @@ impl Step {
 pub fn waiting_for(step: impl Into<String>) {
     let step = step.into();
     tracing::debug!(step, "waiting");
+    at(At::Named(step));
+}
+
+/// Says that the current operation waits for work that has steps of its own. That work must not wait for this operation.
+pub fn waiting_behind(other: &Step) {
+    at(At::Behind(other.clone()));
+}
+
+fn at(step: At) {
     // Outside of an operation nobody asks.
     let _ = STEP.try_with(|current| *lock(&current.0) = step);
 }
 
 /// Counts `work` under the name of its step.
 pub fn measured<T>(step: &'static str, work: impl FnOnce() -> kernel::Result<T>) -> kernel::Result<T> {
-    let step = metrics::Step::start(step);
+    let timer = Timer::start(step);
     let outcome = work();
-    step.end(outcome.as_ref().err().map(|error| metrics::errno_name(error.errno().raw_os_error())));
+    timer.end(outcome.as_ref().err().map(|error| metrics::errno_name(error.errno().raw_os_error())));
     outcome
 }
 
@@ -73,11 +99,11 @@ impl Places {
     }
 
     /// [`run`], once there is a place; it is taken until `work` ends, whoever still waits for it.
-    pub async fn run<T: Send + 'static>(
-        &self,
-        step: impl Into<String>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T> {
+    pub async fn run<T, E>(&self, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+    where
+        T: Send + 'static,
+        E: Into<Error> + Send + 'static,
+    {
         let step = step.into();
         let place = match Arc::clone(&self.free).try_acquire_owned() {
             Ok(place) => Ok(place),
@@ -95,8 +121,17 @@ impl Places {
     }
 }
 
+/// What a thread of its own does, and how it may fail.
+pub trait Work<T, E>: FnOnce() -> std::result::Result<T, E> + Send + 'static {}
+
+impl<T, E, F: FnOnce() -> std::result::Result<T, E> + Send + 'static> Work<T, E> for F {}
+
 /// Runs `work`, which may wait for the node's kernel or disk for any time, on a thread of its own.
-pub async fn run<T: Send + 'static>(step: impl Into<String>, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub async fn run<T, E>(step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+where
+    T: Send + 'static,
+    E: Into<Error> + Send + 'static,
+{
     let waiting = Waiting::new("".into());
     wait(WAITING, step.into(), move || {
         let _counted = waiting;
@@ -106,11 +141,11 @@ pub async fn run<T: Send + 'static>(step: impl Into<String>, work: impl FnOnce()
 }
 
 /// [`Places::run`] for `work` that asks a server, else [`run`].
-pub async fn run_at<T: Send + 'static>(
-    places: Option<Places>,
-    step: impl Into<String>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T> {
+pub async fn run_at<T, E>(places: Option<Places>, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+where
+    T: Send + 'static,
+    E: Into<Error> + Send + 'static,
+{
     match places {
         Some(places) => places.run(step, work).await,
         None => run(step, work).await,
@@ -118,10 +153,11 @@ pub async fn run_at<T: Send + 'static>(
 }
 
 /// [`run`] for `work` that lets go of something, for which nobody may wait long: the kernel may still have to tell a server.
-pub async fn release<T: Send + 'static>(
-    step: impl Into<String>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T> {
+pub async fn release<T, E>(step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+where
+    T: Send + 'static,
+    E: Into<Error> + Send + 'static,
+{
     let releasing = Releasing::new();
     wait(RELEASING, step.into(), move || {
         let _counted = releasing;
@@ -130,7 +166,11 @@ pub async fn release<T: Send + 'static>(
     .await
 }
 
-async fn wait<T: Send + 'static>(thread: &str, step: String, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+async fn wait<T, E>(thread: &str, step: String, work: impl Work<T, E>) -> Result<T>
+where
+    T: Send + 'static,
+    E: Into<Error> + Send + 'static,
+{
     let (sender, receiver) = oneshot::channel();
     waiting_for(&step);
     start(thread, move || {
@@ -138,7 +178,10 @@ async fn wait<T: Send + 'static>(thread: &str, step: String, work: impl FnOnce()
         let _ = sender.send(work());
     })
     .map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))?;
-    receiver.await.map_err(|_| Error::new(Kind::Internal, format!("{step}: the driver panicked: see its log")))
+    match receiver.await {
+        Ok(done) => done.map_err(Into::into),
+        Err(_) => Err(Error::new(Kind::Internal, format!("{step}: the driver panicked: see its log"))),
+    }
 }
 
 /// What the thread logs belongs to the call that started it.
@@ -148,17 +191,17 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     thread.spawn(move || span.in_scope(work)).map(drop)
 }
 
-/// A kernel object whose release may wait for a server: it is never released on the thread that answers calls.
+/// A kernel object whose release may wait for a server: it is never dropped on the thread that answers calls.
 #[derive(Debug)]
-pub struct Aside<T: Send + 'static>(Option<T>);
+pub struct OffThread<T: Send + 'static>(Option<T>);
 
-impl<T: Send + 'static> Aside<T> {
+impl<T: Send + 'static> OffThread<T> {
     pub fn new(object: T) -> Self {
-        Aside(Some(object))
+        OffThread(Some(object))
     }
 }
 
-impl<T: Send + 'static> Deref for Aside<T> {
+impl<T: Send + 'static> Deref for OffThread<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -166,7 +209,7 @@ impl<T: Send + 'static> Deref for Aside<T> {
     }
 }
 
-impl<T: Send + 'static> Drop for Aside<T> {
+impl<T: Send + 'static> Drop for OffThread<T> {
     fn drop(&mut self) {
         let object = self.0.take();
         if tokio::runtime::Handle::try_current().is_ok() {

@@ -7,10 +7,12 @@ use rustix::io::Errno;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::blocking::waiting_for;
-use crate::kernel::nfs::{self, Export};
-use crate::kernel::{Error, Result};
-use crate::metrics;
+use super::resolve;
+use crate::blocking::waiting_for;
+use crate::error::Kind;
+use crate::kernel::nfs::{self, Export, Version};
+use crate::kernel::{Error, Result, Subject};
+use crate::metrics::{self, Timer};
 
 /// How long a server may take to answer before it counts as dead.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -21,20 +23,16 @@ const NULL_PROCEDURE: u32 = 0;
 /// Connects to the export's server and makes one NFS NULL call. Any answer will do: the server is alive.
 ///
 /// A server that is mounted by RDMA need not listen on TCP and is not asked.
-pub async fn ask(export: &Export, server: SocketAddr) -> Result<()> {
-    if export
-        .options
-        .iter()
-        .any(|(key, value)| key == "proto" && value.as_deref().is_some_and(|v| v.starts_with("rdma")))
-    {
+pub async fn null_call(export: &Export, server: SocketAddr) -> Result<()> {
+    if export.is_rdma() {
         return Ok(());
     }
     let action = format!("ask NFS server {server} for {export}");
     waiting_for(&action);
-    let step = metrics::Step::start("probe");
+    let timer = Timer::start("probe");
     let errno = match tokio::time::timeout(PATIENCE, call(export, server)).await {
         Ok(Ok(())) => {
-            step.end(None);
+            timer.end(None);
             return Ok(());
         }
         // As a load balancer does before servers that are dead.
@@ -42,16 +40,32 @@ pub async fn ask(export: &Export, server: SocketAddr) -> Result<()> {
         Ok(Err(error)) => Errno::from_io_error(&error).unwrap_or(Errno::PROTO),
         Err(_) => Errno::TIMEDOUT,
     };
-    step.end(Some(metrics::errno_name(errno.raw_os_error())));
-    Err(nfs::explain(Error::new(action, errno)))
+    timer.end(Some(metrics::errno_name(errno.raw_os_error())));
+    Err(nfs::explain(Error::new(action, errno).about(Subject::Server)))
+}
+
+/// Asks the NFS service of a host at its standard port, at each of its addresses; says which versions answered.
+pub async fn ask_host(host: &str) -> crate::error::Result<String> {
+    let mut answers = Vec::new();
+    let mut last = crate::error::Error::new(Kind::Unavailable, format!("ask {host}: the name has no address"));
+    for address in resolve::addresses(host).await? {
+        for version in [Version::V4_2, Version::V3] {
+            let (host, path) = (host.to_owned(), "/".to_owned());
+            let export = Export { host, path, version, read_only: true, options: Vec::new() };
+            match null_call(&export, SocketAddr::new(address, export.port())).await {
+                Ok(()) => answers.push(format!("NFS {} at {address}", version.program())),
+                Err(error) => last = error.into(),
+            }
+        }
+    }
+    if answers.is_empty() { Err(last) } else { Ok(format!("answers {}", answers.join(", "))) }
 }
 
 async fn call(export: &Export, server: SocketAddr) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(server).await?;
-    let version = if export.version == "3" { 3 } else { 4 };
     let transaction = std::process::id();
     // A call: transaction, CALL, RPC version 2, program, version, procedure, then credentials and verifier of flavour AUTH_NONE.
-    let words = [transaction, 0, 2, NFS_PROGRAM, version, NULL_PROCEDURE, 0, 0, 0, 0];
+    let words = [transaction, 0, 2, NFS_PROGRAM, export.version.program(), NULL_PROCEDURE, 0, 0, 0, 0];
     let last_fragment = 0x8000_0000 | (4 * words.len() as u32);
     let message: Vec<u8> = [last_fragment].into_iter().chain(words).flat_map(u32::to_be_bytes).collect();
     stream.write_all(&message).await?;
@@ -67,7 +81,7 @@ mod tests {
 
     fn export() -> Export {
         let (host, path) = ("localhost".into(), "/images".into());
-        Export { host, path, version: "4.2", read_only: true, options: Vec::new() }
+        Export { host, path, version: Version::V4_2, read_only: true, options: Vec::new() }
     }
 
     /// Asks a listener that reads a call and answers these words.
@@ -85,7 +99,7 @@ mod tests {
             }
         };
         let export = export();
-        tokio::join!(ask(&export, address), serve).0
+        tokio::join!(null_call(&export, address), serve).0
     }
 
     #[tokio::test]
@@ -100,6 +114,6 @@ mod tests {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        assert_eq!(ask(&export(), address).await.unwrap_err().errno(), Errno::CONNREFUSED);
+        assert_eq!(null_call(&export(), address).await.unwrap_err().errno(), Errno::CONNREFUSED);
     }
 }

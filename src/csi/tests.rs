@@ -1,0 +1,202 @@
+//! The services over a double of the kernel: what a request becomes, and which code an answer has.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::{Code, Request, Status};
+
+use super::v1::controller_server::Controller as _;
+use super::v1::node_server::Node as _;
+use super::v1::volume_capability::access_mode::Mode;
+use super::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use super::v1::{
+    CreateVolumeRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeStageVolumeRequest,
+    NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ValidateVolumeCapabilitiesRequest, VolumeCapability,
+};
+use super::{Controller, Node};
+use crate::spec::policy::Policy;
+use crate::volume::fixture;
+
+/// The Node service, and the node that it serves.
+struct Service {
+    node: fixture::Node,
+    service: Node,
+}
+
+impl Service {
+    async fn new() -> Self {
+        Service::with("{}").await
+    }
+
+    async fn with(policy: &str) -> Self {
+        let node = fixture::Node::with(policy, Duration::from_secs(60)).await;
+        let service = Node { node_id: "node-1".into(), volumes: Arc::clone(&node.volumes) };
+        Service { node, service }
+    }
+
+    fn attributes(&self) -> HashMap<String, String> {
+        let port = format!("port={}", self.node.port);
+        attributes(&[("server", "127.0.0.1"), ("share", "/images"), ("image", "image.sqsh"), ("nfsOptions", &port)])
+    }
+
+    fn stage_request(&self) -> NodeStageVolumeRequest {
+        NodeStageVolumeRequest {
+            volume_id: "v".into(),
+            staging_target_path: "/staging".into(),
+            volume_capability: Some(mount(Mode::MultiNodeReaderOnly)),
+            volume_context: self.attributes(),
+        }
+    }
+
+    fn publish_request(&self) -> NodePublishVolumeRequest {
+        NodePublishVolumeRequest {
+            volume_id: "v".into(),
+            staging_target_path: "/staging".into(),
+            target_path: self.node.target("pod").display().to_string(),
+            volume_capability: Some(mount(Mode::MultiNodeReaderOnly)),
+            volume_context: self.attributes(),
+            ..Default::default()
+        }
+    }
+
+    async fn stage(&self, request: NodeStageVolumeRequest) -> Result<(), Status> {
+        self.service.node_stage_volume(Request::new(request)).await.map(drop)
+    }
+
+    async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
+        self.service.node_publish_volume(Request::new(request)).await.map(drop)
+    }
+
+    async fn unpublish(&self, id: &str, target: &Path) -> Result<(), Status> {
+        let target_path = target.display().to_string();
+        let request = NodeUnpublishVolumeRequest { volume_id: id.into(), target_path };
+        self.service.node_unpublish_volume(Request::new(request)).await.map(drop)
+    }
+}
+
+fn attributes(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn mount(mode: Mode) -> VolumeCapability {
+    VolumeCapability {
+        access_mode: Some(AccessMode { mode: mode.into() }),
+        access_type: Some(AccessType::Mount(MountVolume::default())),
+    }
+}
+
+fn code(answer: Result<(), Status>) -> Code {
+    answer.err().map_or(Code::Ok, |status| status.code())
+}
+
+#[tokio::test]
+async fn a_volume_is_staged_published_looked_at_unpublished_and_unstaged() {
+    let service = Service::new().await;
+    service.stage(service.stage_request()).await.unwrap();
+    service.publish(service.publish_request()).await.unwrap();
+    assert_eq!(service.node.log().last().unwrap(), "attach squashfs on /dev/loop0 at pods/pod/mount");
+    let target = service.node.target("pod");
+    let request = NodeGetVolumeStatsRequest {
+        volume_id: "v".into(),
+        volume_path: target.display().to_string(),
+        staging_target_path: String::new(),
+    };
+    let stats = service.service.node_get_volume_stats(Request::new(request)).await.unwrap().into_inner();
+    assert_eq!((stats.usage.len(), stats.volume_condition.unwrap().abnormal), (2, false));
+    service.unpublish("v", &target).await.unwrap();
+    let request = NodeUnstageVolumeRequest { volume_id: "v".into(), staging_target_path: "/staging".into() };
+    service.service.node_unstage_volume(Request::new(request)).await.unwrap();
+    service.node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn requests_that_lack_something_are_refused_before_anything_is_done() {
+    let service = Service::new().await;
+    let block =
+        VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount(Mode::SingleNodeWriter) };
+    let writer = Some(mount(Mode::MultiNodeMultiWriter));
+    let stage = service.stage_request();
+    for request in [
+        NodeStageVolumeRequest { volume_id: String::new(), ..stage.clone() },
+        NodeStageVolumeRequest { staging_target_path: "staging".into(), ..stage.clone() },
+        NodeStageVolumeRequest { volume_capability: None, ..stage.clone() },
+        NodeStageVolumeRequest { volume_capability: Some(block), ..stage.clone() },
+        NodeStageVolumeRequest { volume_capability: writer.clone(), ..stage.clone() },
+        NodeStageVolumeRequest { volume_context: attributes(&[("sever", "a")]), ..stage.clone() },
+    ] {
+        assert_eq!(code(service.stage(request.clone()).await), Code::InvalidArgument, "{request:?}");
+    }
+    let publish = service.publish_request();
+    let unstaged = NodePublishVolumeRequest { staging_target_path: String::new(), ..publish.clone() };
+    assert_eq!(code(service.publish(unstaged).await), Code::FailedPrecondition);
+    let climbing = NodePublishVolumeRequest { target_path: "/a/../b".into(), ..publish };
+    assert_eq!(code(service.publish(climbing).await), Code::InvalidArgument);
+    assert_eq!(service.node.log(), [""; 0]);
+}
+
+#[tokio::test]
+async fn what_the_policy_does_not_allow_is_permission_denied_also_inline() {
+    let service = Service::with("servers: [{host: nfs.example.com}]").await;
+    assert_eq!(code(service.stage(service.stage_request()).await), Code::PermissionDenied);
+    let mut inline = service.publish_request();
+    inline.staging_target_path = String::new();
+    inline.volume_context.insert("csi.storage.k8s.io/ephemeral".into(), "true".into());
+    let error = service.publish(inline).await.unwrap_err();
+    assert_eq!(error.code(), Code::PermissionDenied);
+    assert!(error.message().starts_with("server: server \"127.0.0.1\" is not allowed"), "{error}");
+    assert_eq!(service.node.log(), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_inline_volume_is_published_without_a_stage_whatever_its_mode() {
+    let service = Service::new().await;
+    let mut inline = service.publish_request();
+    inline.staging_target_path = String::new();
+    inline.volume_capability = Some(mount(Mode::SingleNodeWriter));
+    inline.volume_context.insert("csi.storage.k8s.io/ephemeral".into(), "true".into());
+    service.publish(inline).await.unwrap();
+    service.unpublish("v", &service.node.target("pod")).await.unwrap();
+    service.node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn a_missing_image_is_not_found_and_a_silent_server_unavailable() {
+    let service = Service::new().await;
+    let with = |key: &str, value: &str| {
+        let mut request = service.stage_request();
+        request.volume_context.insert(key.into(), value.into());
+        request
+    };
+    assert_eq!(code(service.stage(with("image", "absent.sqsh")).await), Code::NotFound);
+    assert_eq!(code(service.stage(with("nfsOptions", "port=1")).await), Code::Unavailable);
+    assert_eq!(code(service.stage(with("fsType", "erofs")).await), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn a_created_volume_has_the_attributes_of_its_class_and_one_set_of_them() {
+    let controller = Controller::new(Arc::new(Policy::default()), "test.csi.dev");
+    let request = |image: &str| CreateVolumeRequest {
+        name: "pvc-1".into(),
+        parameters: attributes(&[("server", "nfs"), ("share", "/images"), ("image", image)]),
+        volume_capabilities: vec![mount(Mode::MultiNodeReaderOnly)],
+        ..Default::default()
+    };
+    let create = async |image| controller.create_volume(Request::new(request(image))).await;
+    let volume = create("a.sqsh").await.unwrap().into_inner().volume.unwrap();
+    assert_eq!((volume.volume_id.as_str(), volume.volume_context["image"].as_str()), ("pvc-1", "a.sqsh"));
+    create("a.sqsh").await.unwrap();
+    assert_eq!(create("b.sqsh").await.unwrap_err().code(), Code::AlreadyExists);
+
+    let validate = |id: &str, mode| {
+        controller.validate_volume_capabilities(Request::new(ValidateVolumeCapabilitiesRequest {
+            volume_id: id.into(),
+            volume_capabilities: vec![mount(mode)],
+            ..Default::default()
+        }))
+    };
+    assert!(validate("pvc-1", Mode::MultiNodeReaderOnly).await.unwrap().into_inner().confirmed.is_some());
+    assert!(validate("pvc-1", Mode::MultiNodeMultiWriter).await.unwrap().into_inner().confirmed.is_none());
+    assert_eq!(validate("pvc-2", Mode::MultiNodeReaderOnly).await.unwrap_err().code(), Code::NotFound);
+}

@@ -1,0 +1,270 @@
+//! A kernel for unit tests: it writes down what it is asked to change, and its mounts are directories, reached by symlinks in the
+//! place of mount points. It needs no root.
+
+use std::collections::BTreeMap;
+use std::io::{PipeReader, pipe};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::thread::UnshareFlags;
+
+use super::image::{Image, ImageIdentity};
+use super::loop_device::{Attached, LoopDevice, MAJOR, Tag};
+use super::mount::{DetachedMount, MountAttrFlags, NewMount, open_directory};
+use super::mountinfo::MountInfo;
+use super::mountstats::NfsCounters;
+use super::{Doing, Error, Kernel, Result, Subject, errno_of};
+use crate::lock::lock;
+
+/// See the module. All that it makes goes with it.
+pub struct Double {
+    directory: tempfile::TempDir,
+    state: Mutex<State>,
+    released: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    log: Vec<String>,
+    refusals: Vec<(String, Errno)>,
+    held: Vec<String>,
+    /// What is attached where, the uppermost last.
+    mounts: Vec<(PathBuf, String)>,
+    loop_devices: BTreeMap<u32, Loop>,
+    file_systems: u32,
+}
+
+struct Loop {
+    tag: Tag,
+    identity: ImageIdentity,
+    /// At its end when nobody has the device open.
+    users: PipeReader,
+}
+
+impl Loop {
+    /// One more user.
+    fn open(&self) -> Result<OwnedFd> {
+        let users = format!("/proc/self/fd/{}", self.users.as_raw_fd());
+        let opened = std::fs::OpenOptions::new().write(true).open(users);
+        Ok(opened.doing(|| "open a pipe again".into())?.into())
+    }
+}
+
+impl Double {
+    pub fn new() -> Arc<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["export", "namespace"] {
+            std::fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        Arc::new(Double { directory, state: Mutex::default(), released: Condvar::new() })
+    }
+
+    /// What every export of every server shows.
+    pub fn export(&self) -> PathBuf {
+        self.directory.path().join("export")
+    }
+
+    /// What was changed since this was last asked, a line for each call. Paths of the double's own are relative to it.
+    pub fn log(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.state).log)
+    }
+
+    /// Calls whose line contains this fail until [`Self::allow`].
+    pub fn refuse(&self, line: &str, errno: Errno) {
+        lock(&self.state).refusals.push((line.to_owned(), errno));
+    }
+
+    pub fn allow(&self) {
+        lock(&self.state).refusals.clear();
+    }
+
+    /// Calls whose line contains this wait until [`Self::release`].
+    pub fn hold(&self, line: &str) {
+        lock(&self.state).held.push(line.to_owned());
+    }
+
+    pub fn release(&self) {
+        lock(&self.state).held.clear();
+        self.released.notify_all();
+    }
+
+    /// What is left in the driver's namespace: mounts, and mount points.
+    pub fn left_in_namespace(&self) -> Vec<PathBuf> {
+        let namespace = self.directory.path().join("namespace");
+        std::fs::read_dir(namespace).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// Takes a mount off behind the driver's back.
+    pub fn take_off(&self, path: &Path) {
+        let mut state = lock(&self.state);
+        let before = state.mounts.len();
+        state.mounts.retain(|(at, _)| at != path);
+        if state.mounts.len() < before {
+            std::fs::remove_file(path).unwrap();
+            std::fs::create_dir(path).unwrap();
+        }
+    }
+
+    /// The numbers of the loop devices that somebody has open.
+    pub fn live_loop_devices(&self) -> Vec<u32> {
+        let mut state = lock(&self.state);
+        state.loop_devices.retain(|_, device| is_used(&device.users));
+        state.loop_devices.keys().copied().collect()
+    }
+
+    fn call(&self, line: String, subject: Subject) -> Result<()> {
+        let line = line.replace(&format!("{}/", self.directory.path().display()), "");
+        let mut state = lock(&self.state);
+        state.log.push(line.clone());
+        while state.held.iter().any(|held| line.contains(held)) {
+            state = self.released.wait(state).unwrap();
+        }
+        match state.refusals.iter().find(|(refused, _)| line.contains(refused)) {
+            Some((_, errno)) => Err(Error::new(line, *errno).about(subject)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Kernel for Double {
+    fn mount(&self, new: NewMount) -> Result<DetachedMount> {
+        let options = new.options.iter().map(|(key, value)| match value {
+            Some(value) => format!("{key}={value}"),
+            None => key.clone(),
+        });
+        let options = options.collect::<Vec<_>>().join(",");
+        self.call(format!("mount {} {options} [{}]", new.fs_type, names(new.attributes)), new.subject)?;
+        let directory = match new.fs_type {
+            "nfs" | "nfs4" => self.export(),
+            _ => {
+                let mut state = lock(&self.state);
+                state.file_systems += 1;
+                let directory = self.directory.path().join(format!("file-system-{}", state.file_systems));
+                std::fs::create_dir(&directory).unwrap();
+                directory
+            }
+        };
+        Ok(DetachedMount::new(open_directory(&directory)?, new.what))
+    }
+
+    fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
+        let path = path_of(directory);
+        let how = if recursive { "bind recursively" } else { "bind" };
+        self.call(format!("{how} {} [{}]", path.display(), names(attributes)), Subject::Node)?;
+        Ok(DetachedMount::new(open_directory(&path)?, "directory".into()))
+    }
+
+    fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
+        self.call(format!("restrict {} [{}]", mount.what(), names(attributes)), Subject::Node)
+    }
+
+    fn attach(&self, mount: &DetachedMount, directory: BorrowedFd<'_>) -> Result<()> {
+        let path = path_of(directory);
+        self.call(format!("attach {} at {}", mount.what(), path.display()), Subject::Node)?;
+        std::fs::remove_dir(&path).doing(|| "put a symlink in the place of a mount point".into())?;
+        std::os::unix::fs::symlink(path_of(mount.as_fd()), &path).unwrap();
+        lock(&self.state).mounts.push((path, mount.what().to_owned()));
+        Ok(())
+    }
+
+    fn unmount_all(&self, path: &Path) -> Result<()> {
+        let path = std::path::absolute(path).unwrap();
+        self.call(format!("unmount {}", path.display()), Subject::Node)?;
+        self.take_off(&path);
+        Ok(())
+    }
+
+    fn is_mount(&self, path: &Path) -> Result<bool> {
+        Ok(lock(&self.state).mounts.iter().any(|(at, _)| at == path))
+    }
+
+    fn mounts(&self) -> Result<Vec<MountInfo>> {
+        let describe = |(path, what): &(PathBuf, String)| {
+            let device = what.rsplit_once("/dev/loop").map_or((0, 50), |(_, number)| (MAJOR, number.parse().unwrap()));
+            MountInfo {
+                id: 1,
+                parent: 0,
+                device,
+                mount_point: path.display().to_string(),
+                options: "rw".into(),
+                shared: true,
+                fs_type: what.split(' ').next().unwrap().to_owned(),
+                source: "test.csi.dev".into(),
+                super_options: String::new(),
+            }
+        };
+        Ok(lock(&self.state).mounts.iter().map(describe).collect())
+    }
+
+    fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()> {
+        self.call(format!("set the read-ahead of {} to {kib}", mount.what()), Subject::Node)
+    }
+
+    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice> {
+        let live = self.live_loop_devices();
+        let is_it = |device: &&Loop| device.tag == *tag && device.identity == image.identity;
+        if let Some((number, device)) = lock(&self.state).loop_devices.iter().find(|(_, device)| is_it(device)) {
+            return Ok(LoopDevice::of_number(*number, device.open()?));
+        }
+        let (reader, writer) = pipe().doing(|| "make a pipe".into())?;
+        let number = live.last().map_or(0, |last| last + 1);
+        self.call(format!("loop{number}: an image of {} bytes", image.identity.size), Subject::Node)?;
+        let device = Loop { tag: tag.clone(), identity: image.identity, users: reader };
+        lock(&self.state).loop_devices.insert(number, device);
+        Ok(LoopDevice::of_number(number, writer.into()))
+    }
+
+    fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>> {
+        let live = self.live_loop_devices();
+        let state = lock(&self.state);
+        let devices = state.loop_devices.iter().filter(|(number, device)| live.contains(number) && device.tag == *tag);
+        let describe = |(number, device): (&u32, &Loop)| {
+            let (identity, opened) = (device.identity, LoopDevice::of_number(*number, device.open()?));
+            Ok(Attached { device: opened, identity, backing_file: None, read_bytes: 0 })
+        };
+        devices.map(describe).collect()
+    }
+
+    fn nfs_counters(&self) -> Result<Vec<NfsCounters>> {
+        Ok(Vec::new())
+    }
+
+    fn run_in_namespace(&self, work: &mut (dyn FnMut() + Send)) -> Result<()> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: the new thread alone gets a current directory of its own, for which no privilege is needed.
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }.doing(|| "unshare".into())?;
+                let root = self.directory.path().join("namespace");
+                std::env::set_current_dir(root).map_err(|error| Error::new("enter", errno_of(&error)))?;
+                work();
+                Ok(())
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+fn is_used(users: &PipeReader) -> bool {
+    let mut fds = [PollFd::new(users, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap();
+    !fds[0].revents().contains(PollFlags::HUP)
+}
+
+fn path_of(directory: BorrowedFd<'_>) -> PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd())).unwrap()
+}
+
+/// In the words of mount(8).
+fn names(attributes: MountAttrFlags) -> String {
+    let known = [
+        (MountAttrFlags::MOUNT_ATTR_RDONLY, "ro"),
+        (MountAttrFlags::MOUNT_ATTR_NOSUID, "nosuid"),
+        (MountAttrFlags::MOUNT_ATTR_NODEV, "nodev"),
+        (MountAttrFlags::MOUNT_ATTR_NOEXEC, "noexec"),
+    ];
+    let set = known.into_iter().filter(|(flag, _)| attributes.contains(*flag));
+    set.map(|(_, name)| name).collect::<Vec<_>>().join(",")
+}

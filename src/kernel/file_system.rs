@@ -1,0 +1,102 @@
+//! The file systems that an image may hold: how each is recognised, and how it is mounted without ever being written to.
+
+use std::path::Path;
+
+use super::error::Subject;
+use super::mount::{MountAttrFlags, NewMount};
+
+/// How much of an image is read to look at its superblock.
+pub const SUPERBLOCK: usize = 2048;
+
+/// A file system on blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    Squashfs,
+    Erofs,
+    Ext4,
+    Xfs,
+}
+
+impl FileSystem {
+    pub const ALL: [FileSystem; 4] = [FileSystem::Squashfs, FileSystem::Erofs, FileSystem::Ext4, FileSystem::Xfs];
+
+    /// The kernel's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            FileSystem::Squashfs => "squashfs",
+            FileSystem::Erofs => "erofs",
+            FileSystem::Ext4 => "ext4",
+            FileSystem::Xfs => "xfs",
+        }
+    }
+
+    /// A mount of the file system on a block device. Reads the device where none of its mounts is left.
+    pub fn on(self, device: &Path, no_exec: bool) -> NewMount {
+        let name = self.name();
+        let new = NewMount::new(name, format!("{name} on {}", device.display())).about(Subject::Image);
+        let new = new.set("source", device.display()).read_only();
+        let new = match self {
+            FileSystem::Squashfs | FileSystem::Erofs => new,
+            // A journal is replayed by writing, and an image is never written. An image may ask for a panic of the node at its first
+            // error; an option has the last word.
+            FileSystem::Ext4 => new.flag("noload").set("errors", "continue"),
+            // Copies of one image have the same UUID.
+            FileSystem::Xfs => new.flag("norecovery").flag("nouuid"),
+        };
+        if no_exec { new.with(MountAttrFlags::MOUNT_ATTR_NOEXEC) } else { new }
+    }
+
+    /// The file system whose superblock is in `head`, the first [`SUPERBLOCK`] bytes of an image.
+    pub fn recognise(head: &[u8]) -> Option<Self> {
+        FileSystem::ALL.into_iter().find(|file_system| file_system.stated_size(head).is_some())
+    }
+
+    /// The bytes that the superblock in `head` says the image has; `None` if it is not of this file system.
+    pub fn stated_size(self, head: &[u8]) -> Option<u64> {
+        let bytes = |at: usize, length: usize| head.get(at..at + length);
+        let little =
+            |at, length| Some(bytes(at, length)?.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte)));
+        let big = |at, length| Some(bytes(at, length)?.iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte)));
+        match self {
+            // fs/squashfs/squashfs_fs.h: magic, version 4.0, bytes_used.
+            FileSystem::Squashfs => (bytes(0, 4)? == b"hsqs" && little(28, 4)? == 4).then(|| little(40, 8))?,
+            // fs/erofs/erofs_fs.h: magic, blkszbits, blocks.
+            FileSystem::Erofs => {
+                let shift = little(1024 + 12, 1)?;
+                let is_erofs = little(1024, 4)? == 0xE0F5_E1E2 && shift < 32;
+                is_erofs.then(|| little(1024 + 36, 4))?.map(|blocks| blocks << shift)
+            }
+            // Documentation/filesystems/ext4/super.rst: s_magic, s_blocks_count (its high half with the 64bit feature),
+            // s_log_block_size.
+            FileSystem::Ext4 => {
+                let shift = little(1024 + 24, 4)?;
+                let high = if little(1024 + 96, 4)? & 0x80 != 0 { little(1024 + 0x150, 4)? } else { 0 };
+                let blocks = little(1024 + 4, 4)? | high << 32;
+                (little(1024 + 56, 2)? == 0xEF53 && shift < 8).then(|| blocks.saturating_mul(1024 << shift))
+            }
+            // fs/xfs/libxfs/xfs_format.h: sb_magicnum, sb_blocksize, sb_dblocks, all big-endian.
+            FileSystem::Xfs => (bytes(0, 4)? == b"XFSB").then(|| Some(big(4, 4)?.saturating_mul(big(8, 8)?)))?,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_file_system_is_ever_written_to_and_what_an_image_asks_for_is_overruled() {
+        for file_system in FileSystem::ALL {
+            let new = file_system.on(Path::new("/dev/loop3"), false);
+            assert!(new.options.contains(&("ro".into(), None)), "{new:?}");
+            assert_eq!(new.attributes, super::super::mount::CONFINED | MountAttrFlags::MOUNT_ATTR_RDONLY);
+        }
+        let options = |file_system: FileSystem| {
+            let options = file_system.on(Path::new("/dev/loop3"), true).options.into_iter();
+            options.map(|(key, value)| value.map_or(key.clone(), |value| format!("{key}={value}"))).collect::<Vec<_>>()
+        };
+        assert_eq!(options(FileSystem::Squashfs), ["source=/dev/loop3", "ro"]);
+        assert_eq!(options(FileSystem::Ext4), ["source=/dev/loop3", "ro", "noload", "errors=continue"]);
+        assert_eq!(options(FileSystem::Xfs), ["source=/dev/loop3", "ro", "norecovery", "nouuid"]);
+    }
+}

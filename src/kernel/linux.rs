@@ -1,0 +1,74 @@
+//! [`Kernel`] by the kernel that runs.
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use super::image::Image;
+use super::loop_device::{self, Attached, LoopDevice, Tag};
+use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
+use super::mountinfo::{self, MountInfo};
+use super::mountstats::{self, NfsCounters};
+use super::namespace::PrivateNamespace;
+use super::{Kernel, Result, nfs};
+
+/// The kernel, and a mount namespace of this process's own in it.
+pub struct Linux {
+    namespace: PrivateNamespace,
+}
+
+impl Linux {
+    /// Makes the namespace, which needs root.
+    pub fn new() -> Result<Self> {
+        Ok(Linux { namespace: PrivateNamespace::new()? })
+    }
+}
+
+impl Kernel for Linux {
+    fn mount(&self, new: NewMount) -> Result<DetachedMount> {
+        mount::create(new)
+    }
+
+    fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
+        mount::bind(directory, recursive, attributes)
+    }
+
+    fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
+        mount::restrict(mount, attributes)
+    }
+
+    fn attach(&self, mount: &DetachedMount, directory: BorrowedFd<'_>) -> Result<()> {
+        mount::attach(mount, directory)
+    }
+
+    fn unmount_all(&self, path: &Path) -> Result<()> {
+        mount::unmount_all(path)
+    }
+
+    fn is_mount(&self, path: &Path) -> Result<bool> {
+        mount::is_mount(path)
+    }
+
+    fn mounts(&self) -> Result<Vec<MountInfo>> {
+        mountinfo::read()
+    }
+
+    fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()> {
+        nfs::set_read_ahead(mount, kib)
+    }
+
+    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice> {
+        LoopDevice::of(image, tag)
+    }
+
+    fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>> {
+        loop_device::list(tag)
+    }
+
+    fn nfs_counters(&self) -> Result<Vec<NfsCounters>> {
+        mountstats::read(&self.namespace)
+    }
+
+    fn run_in_namespace(&self, work: &mut (dyn FnMut() + Send)) -> Result<()> {
+        self.namespace.run(work)
+    }
+}

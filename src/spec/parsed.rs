@@ -1,0 +1,81 @@
+//! A spec on its way from what a user wrote to what the admin allows: nothing is mounted that did not go it.
+
+use std::ops::Deref;
+
+use super::Mount;
+use super::error::SpecError;
+use super::policy::Policy;
+
+/// A spec that was read, and what its author should know about it. Whether it is allowed is another question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    mount: Mount,
+    warnings: Vec<String>,
+    form: Form,
+}
+
+/// How a user wrote a spec.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    Json,
+    /// By flat parameters.
+    Flat,
+}
+
+impl Parsed {
+    pub(super) fn new(mount: Mount, warnings: Vec<String>, form: Form) -> Parsed {
+        Parsed { mount, warnings, form }
+    }
+
+    /// To look at, not to mount.
+    pub fn mount(&self) -> &Mount {
+        &self.mount
+    }
+
+    /// What was ignored, one sentence each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// [`Policy::check`], with errors that name the places of the form that the user wrote.
+    pub fn allowed_by(self, policy: &Policy) -> Result<Allowed, SpecError> {
+        let form = self.form;
+        Allowed::new(self.mount, policy).map_err(|error| match form {
+            Form::Json => error,
+            Form::Flat => {
+                let parameter = flat_parameter(&error.pointer).to_owned();
+                SpecError { parameter, pointer: String::new(), ..error }
+            }
+        })
+    }
+}
+
+/// A mount that the admin's policy allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allowed(Mount);
+
+impl Allowed {
+    /// Also of a mount that was allowed once, and written down.
+    pub fn new(mount: Mount, policy: &Policy) -> Result<Allowed, SpecError> {
+        policy.check(&mount)?;
+        Ok(Allowed(mount))
+    }
+}
+
+impl Deref for Allowed {
+    type Target = Mount;
+
+    fn deref(&self) -> &Mount {
+        &self.0
+    }
+}
+
+/// The flat parameter that became the place with this JSON pointer.
+fn flat_parameter(pointer: &str) -> &'static str {
+    for (end, name) in [("/host", "server"), ("/nfs/path", "share"), ("/fs_type", "fsType")] {
+        if pointer.ends_with(end) {
+            return name;
+        }
+    }
+    if pointer.contains("/nfs/options") { "nfsOptions" } else { "image" }
+}

@@ -1,0 +1,173 @@
+//! A node for unit tests: volumes over a double of the kernel, and an NFS server that answers a NULL call and nothing else.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+use super::publication::Publication;
+use super::{Config, Volumes};
+use crate::error::Result;
+use crate::kernel::double::Double;
+use crate::spec::policy::Policy;
+use crate::spec::{Allowed, json};
+
+pub struct Node {
+    pub kernel: Arc<Double>,
+    pub volumes: Arc<Volumes>,
+    /// Of the NFS server on loopback.
+    pub port: u16,
+    pub timeout: Duration,
+    directory: tempfile::TempDir,
+    policy: Arc<Policy>,
+}
+
+impl Node {
+    /// With one image of 4096 bytes at `image.sqsh` of every export.
+    pub async fn new() -> Self {
+        Node::with("{}", Duration::from_secs(60)).await
+    }
+
+    pub async fn with(policy: &str, timeout: Duration) -> Self {
+        let (kernel, directory) = (Double::new(), tempfile::tempdir().unwrap());
+        std::fs::write(kernel.export().join("image.sqsh"), squashfs(4096)).unwrap();
+        std::fs::create_dir_all(directory.path().join("host/srv/tools")).unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(answer_null_calls(listener));
+        let policy = Arc::new(Policy::parse(policy).unwrap());
+        let volumes = start(&kernel, directory.path(), &policy, timeout);
+        Node { kernel, volumes, port, timeout, directory, policy }
+    }
+
+    /// A new process in the place of the one that was killed.
+    pub fn restart(&mut self) {
+        self.volumes = start(&self.kernel, self.directory.path(), &self.policy, self.timeout);
+    }
+
+    /// A new process with another policy.
+    pub fn policy(&mut self, policy: &str) {
+        self.policy = Arc::new(Policy::parse(policy).unwrap());
+        self.restart();
+    }
+
+    /// The JSON of an image on the server, with further fields of `attach`.
+    pub fn image(&self, fields: &str) -> String {
+        format!(
+            r#"{{"kind":"attach","attach":{{"fs_type":"squashfs"{fields},"attach":{{"kind":"loopback","loopback":
+            {{"path":"image.sqsh","base":"mount","mount":{}}}}}}}}}"#,
+            self.nfs("/images")
+        )
+    }
+
+    /// The JSON of an export of the server.
+    pub fn nfs(&self, path: &str) -> String {
+        let port = self.port;
+        format!(r#"{{"kind":"nfs","nfs":{{"host":"127.0.0.1","path":"{path}","ro":true,"options":["port={port}"]}}}}"#)
+    }
+
+    /// The JSON of an overlay on that image.
+    pub fn overlay(&self, upper: &str) -> String {
+        format!(r#"{{"kind":"overlay","overlay":{{"upper":{upper},"lower":[{}]}}}}"#, self.image(""))
+    }
+
+    pub fn allowed(&self, spec: &str) -> Allowed {
+        self.volumes.allow(json::parse(spec).unwrap()).unwrap()
+    }
+
+    /// The target path of a pod, whose directory is there.
+    pub fn target(&self, pod: &str) -> PathBuf {
+        let directory = self.directory.path().join("pods").join(pod);
+        std::fs::create_dir_all(&directory).unwrap();
+        directory.join("mount")
+    }
+
+    pub fn data_dir(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    pub fn publication(&self, volume_id: &str, spec: &str, pod: &str) -> Publication {
+        let (mount, target) = (self.allowed(spec), self.target(pod));
+        Publication { volume_id: volume_id.into(), target, mount, read_only: false, exclusive: false }
+    }
+
+    pub async fn publish(&self, volume_id: &str, spec: &str, pod: &str) -> Result<PathBuf> {
+        let publication = self.publication(volume_id, spec, pod);
+        let target = publication.target.clone();
+        self.volumes.publish(publication, true).await.map(|()| target)
+    }
+
+    /// What was asked of the kernel since this was last asked, without what differs from run to run.
+    pub fn log(&self) -> Vec<String> {
+        let (directory, port) = (format!("{}/", self.directory.path().display()), format!("={}", self.port));
+        let line = |line: String| {
+            let line = line.replace(&directory, "").replace(&port, "=PORT");
+            // Numbers that all tests of the process share.
+            let mut words: Vec<String> = Vec::new();
+            for word in line.split('/') {
+                let (name, number) = word.split_once('-').unwrap_or((word, ""));
+                let numbered = matches!(name, "nfs" | "build") && number.bytes().all(|byte| byte.is_ascii_digit());
+                words.push(if numbered && !number.is_empty() { format!("{name}-N") } else { word.to_owned() });
+            }
+            words.join("/")
+        };
+        self.kernel.log().into_iter().map(line).collect()
+    }
+
+    /// The directories of published paths on the disk.
+    pub fn records(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.data_dir().join("published")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// Fails unless all loop devices and NFS mounts go, which threads of their own let go of.
+    pub async fn assert_nothing_held(&self) {
+        let left = || (self.kernel.live_loop_devices(), self.kernel.left_in_namespace());
+        wait_for(|| left() == (Vec::new(), Vec::new()), || format!("these are still held: {:?}", left())).await;
+    }
+}
+
+/// Waits up to 30 s for something that other threads do; a timing is never asserted, but a hang must end.
+pub async fn wait_for(is_true: impl Fn() -> bool, what: impl Fn() -> String) {
+    for _ in 0..30_000 {
+        if is_true() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("{}", what());
+}
+
+/// An image as far as anybody looks at it before the kernel does.
+pub fn squashfs(size: usize) -> Vec<u8> {
+    let mut image = vec![0; size];
+    image[..4].copy_from_slice(b"hsqs");
+    image[28] = 4;
+    image[40..48].copy_from_slice(&(size as u64).to_le_bytes());
+    image
+}
+
+fn start(kernel: &Arc<Double>, directory: &Path, policy: &Arc<Policy>, timeout: Duration) -> Arc<Volumes> {
+    let config = Config {
+        driver_name: "test.csi.dev".into(),
+        data_dir: directory.join("data"),
+        host_root: directory.join("host"),
+        nfs_read_ahead: None,
+        policy: Arc::clone(policy),
+        timeout,
+    };
+    Volumes::new(config, Arc::clone(kernel) as _).unwrap()
+}
+
+async fn answer_null_calls(listener: TcpListener) {
+    while let Ok((mut stream, _)) = listener.accept().await {
+        tokio::spawn(async move {
+            let mut call = [0; 44];
+            stream.read_exact(&mut call).await?;
+            // The fragment's length, the call's number, and that it is a reply.
+            stream.write_all(&[&[0x80, 0, 0, 8], &call[4..8], &[0, 0, 0, 1]].concat()).await
+        });
+    }
+}

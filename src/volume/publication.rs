@@ -1,0 +1,28 @@
+//! One volume at one published path.
+
+use std::path::{Path, PathBuf};
+
+use crate::spec::Allowed;
+
+/// What is asked for at one path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publication {
+    pub volume_id: String,
+    pub target: PathBuf,
+    pub mount: Allowed,
+    pub read_only: bool,
+    /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
+    pub exclusive: bool,
+}
+
+impl Publication {
+    /// What a person mounts, and not the kubelet.
+    pub fn by_hand(target: PathBuf, mount: Allowed, read_only: bool) -> Self {
+        Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false }
+    }
+}
+
+/// The volume ID of what a person mounted at `target`.
+pub fn by_hand(target: &Path) -> String {
+    format!("by hand: {}", target.display())
+}

@@ -1,0 +1,288 @@
+//! The text of a record, `volume.json`, which outlives the driver that wrote it.
+//!
+//! It has types of its own, so that neither the driver's other types nor what users may write change it. Each version that was ever
+//! written is read for ever, and has its examples in `golden`: a change of what is written is a new version. Of a version that is
+//! newer than the driver `version`, `volumeId` and `target` can be read; the first version had no `version`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::Record;
+use crate::kernel::image::Content;
+use crate::spec;
+
+/// What is written.
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Text {
+    /// Missing in 0.
+    #[serde(default)]
+    version: u32,
+    volume_id: String,
+    target: PathBuf,
+    mount: Mount,
+    read_only: bool,
+    #[serde(default)]
+    exclusive: bool,
+    #[serde(default)]
+    scratch: Option<String>,
+    /// Of version 0: the images' [`Loopback::content`], an image before the one that lies in it.
+    #[serde(default, skip_serializing)]
+    contents: Vec<Image>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Mount {
+    Attach { fs_type: String, no_exec: bool, device: Device },
+    Bind { path: String, base: Base, recursive: bool, read_only: bool },
+    Nfs { host: String, path: String, read_only: bool, version: NfsVersion, options: Vec<NfsOption> },
+    Overlay { lower: Vec<Mount>, upper: Upper },
+}
+
+#[derive(Serialize, Deserialize)]
+enum NfsVersion {
+    V3,
+    V4_0,
+    V4_1,
+    V4_2,
+}
+
+#[derive(Serialize, Deserialize)]
+struct NfsOption {
+    key: String,
+    value: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Device {
+    Loopback(Loopback),
+    Local { path: String },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Loopback {
+    path: String,
+    base: Base,
+    /// What the image was when it was attached.
+    #[serde(default)]
+    content: Option<Image>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Base {
+    Root,
+    Mount(Box<Mount>),
+}
+
+#[derive(Serialize, Deserialize)]
+enum Upper {
+    Directory,
+    Tmpfs { size: u64 },
+    None,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Image {
+    inode: u64,
+    size: u64,
+    modified: u64,
+}
+
+/// What can be said of a record of any version.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Head {
+    version: u32,
+    pub volume_id: Option<String>,
+    pub target: Option<PathBuf>,
+}
+
+/// Why a record cannot be read, and what of it can.
+#[derive(Debug)]
+pub struct Failure {
+    pub head: Head,
+    pub why: String,
+    /// It is no record of any version: nobody wrote it so.
+    pub is_torn: bool,
+}
+
+type Images = Vec<(spec::Loopback, Content)>;
+
+pub fn write(record: &Record) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec_pretty(&Text {
+        version: VERSION,
+        volume_id: record.volume_id.clone(),
+        target: record.target.clone(),
+        mount: Mount::of(&record.mount, &record.images),
+        read_only: record.read_only,
+        exclusive: record.exclusive,
+        scratch: record.scratch.clone(),
+        contents: Vec::new(),
+    })
+}
+
+pub fn read(text: &[u8]) -> Result<Record, Failure> {
+    let torn = |error: serde_json::Error| Failure { head: Head::default(), why: error.to_string(), is_torn: true };
+    let head: Head = serde_json::from_slice(text).map_err(torn)?;
+    if head.version > VERSION {
+        let newer = head.version;
+        let why = format!("it is of version {newer}, and this driver reads up to {VERSION}: a newer one wrote it");
+        return Err(Failure { head, why, is_torn: false });
+    }
+    let record = serde_json::from_slice(text).map_err(|error| error.to_string()).and_then(Text::record);
+    record.map_err(|why| Failure { head, why, is_torn: false })
+}
+
+impl Text {
+    fn record(mut self) -> Result<Record, String> {
+        self.mount.fill(&mut self.contents.into_iter());
+        let mut images = Vec::new();
+        Ok(Record {
+            volume_id: self.volume_id,
+            target: self.target,
+            mount: self.mount.spec(&mut images)?,
+            read_only: self.read_only,
+            exclusive: self.exclusive,
+            images,
+            scratch: self.scratch,
+        })
+    }
+}
+
+impl Mount {
+    fn of(mount: &spec::Mount, images: &Images) -> Mount {
+        match mount {
+            spec::Mount::Attach(spec::Attach { fs_type, no_exec, device }) => Mount::Attach {
+                fs_type: fs_type.as_str().to_owned(),
+                no_exec: *no_exec,
+                device: match device {
+                    spec::Device::Local { path } => Device::Local { path: path.clone() },
+                    spec::Device::Loopback(image) => Device::Loopback(Loopback {
+                        path: image.path.clone(),
+                        base: Base::of(&image.base, images),
+                        content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
+                            let Content { inode, size, modified } = *content;
+                            Image { inode, size, modified }
+                        }),
+                    }),
+                },
+            },
+            spec::Mount::Bind(spec::Bind { path, base, recursive, read_only }) => Mount::Bind {
+                path: path.clone(),
+                base: Base::of(base, images),
+                recursive: *recursive,
+                read_only: *read_only,
+            },
+            spec::Mount::Nfs(spec::Nfs { host, path, read_only, version, options }) => Mount::Nfs {
+                host: host.clone(),
+                path: path.clone(),
+                read_only: *read_only,
+                version: match version {
+                    spec::NfsVersion::V3 => NfsVersion::V3,
+                    spec::NfsVersion::V4_0 => NfsVersion::V4_0,
+                    spec::NfsVersion::V4_1 => NfsVersion::V4_1,
+                    spec::NfsVersion::V4_2 => NfsVersion::V4_2,
+                },
+                options: {
+                    let option = |spec::NfsOption { key, value }: &spec::NfsOption| NfsOption {
+                        key: key.clone(),
+                        value: value.clone(),
+                    };
+                    options.iter().map(option).collect()
+                },
+            },
+            spec::Mount::Overlay(spec::Overlay { lower, upper }) => Mount::Overlay {
+                lower: lower.iter().map(|layer| Mount::of(layer, images)).collect(),
+                upper: match upper {
+                    spec::Upper::Directory => Upper::Directory,
+                    spec::Upper::Tmpfs { size } => Upper::Tmpfs { size: *size },
+                    spec::Upper::None => Upper::None,
+                },
+            },
+        }
+    }
+
+    /// Gives each image the next of `contents`: as [`Text::contents`] are ordered.
+    fn fill(&mut self, contents: &mut impl Iterator<Item = Image>) {
+        match self {
+            Mount::Attach { device: Device::Loopback(image), .. } => {
+                image.base.fill(contents);
+                image.content = image.content.or_else(|| contents.next());
+            }
+            Mount::Bind { base, .. } => base.fill(contents),
+            Mount::Overlay { lower, .. } => lower.iter_mut().for_each(|layer| layer.fill(contents)),
+            Mount::Attach { device: Device::Local { .. }, .. } | Mount::Nfs { .. } => {}
+        }
+    }
+
+    fn spec(self, images: &mut Images) -> Result<spec::Mount, String> {
+        Ok(match self {
+            Mount::Attach { fs_type, no_exec, device } => spec::Mount::Attach(spec::Attach {
+                fs_type: spec::FsType::parse(&fs_type)?,
+                no_exec,
+                device: match device {
+                    Device::Local { path } => spec::Device::Local { path },
+                    Device::Loopback(Loopback { path, base, content }) => {
+                        let image = spec::Loopback { path, base: base.spec(images)? };
+                        if let Some(Image { inode, size, modified }) = content {
+                            images.push((image.clone(), Content { inode, size, modified }));
+                        }
+                        spec::Device::Loopback(image)
+                    }
+                },
+            }),
+            Mount::Bind { path, base, recursive, read_only } => {
+                spec::Mount::Bind(spec::Bind { path, base: base.spec(images)?, recursive, read_only })
+            }
+            Mount::Nfs { host, path, read_only, version, options } => spec::Mount::Nfs(spec::Nfs {
+                host,
+                path,
+                read_only,
+                version: match version {
+                    NfsVersion::V3 => spec::NfsVersion::V3,
+                    NfsVersion::V4_0 => spec::NfsVersion::V4_0,
+                    NfsVersion::V4_1 => spec::NfsVersion::V4_1,
+                    NfsVersion::V4_2 => spec::NfsVersion::V4_2,
+                },
+                options: options.into_iter().map(|NfsOption { key, value }| spec::NfsOption { key, value }).collect(),
+            }),
+            Mount::Overlay { lower, upper } => spec::Mount::Overlay(spec::Overlay {
+                lower: lower.into_iter().map(|layer| layer.spec(images)).collect::<Result<_, _>>()?,
+                upper: match upper {
+                    Upper::Directory => spec::Upper::Directory,
+                    Upper::Tmpfs { size } => spec::Upper::Tmpfs { size },
+                    Upper::None => spec::Upper::None,
+                },
+            }),
+        })
+    }
+}
+
+impl Base {
+    fn of(base: &spec::Base, images: &Images) -> Base {
+        match base {
+            spec::Base::Root => Base::Root,
+            spec::Base::Mount(mount) => Base::Mount(Box::new(Mount::of(mount, images))),
+        }
+    }
+
+    fn fill(&mut self, contents: &mut impl Iterator<Item = Image>) {
+        match self {
+            Base::Root => {}
+            Base::Mount(mount) => mount.fill(contents),
+        }
+    }
+
+    fn spec(self, images: &mut Images) -> Result<spec::Base, String> {
+        Ok(match self {
+            Base::Root => spec::Base::Root,
+            Base::Mount(mount) => spec::Base::Mount(Box::new(mount.spec(images)?)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,113 @@
+//! What is written, and what every version wrote, is read.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::spec::json;
+use crate::spec::parameters::parse_attributes;
+
+/// The examples of one version, by name.
+fn golden(version: u32) -> BTreeMap<String, String> {
+    let directory = format!("{}/src/volume/record/golden/version-{version}", env!("CARGO_MANIFEST_DIR"));
+    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let name = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
+    files.map(|path| (name(&path), std::fs::read_to_string(path).unwrap())).collect()
+}
+
+/// The volumes of which every version has a record, made of what users wrote.
+fn volumes() -> BTreeMap<&'static str, Record> {
+    let nfs = r#"{"kind":"nfs","nfs":{"path":"/images","host":"fd00:99::2","ro":true,"version":"3",
+        "options":["hard","timeo=600"]}}"#;
+    let everything = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"64Mi"},"lower":[
+        {"kind":"attach","attach":{"fs_type":"erofs","mount_options":["ro","noexec"],"attach":{"kind":"loopback","loopback":
+            {"path":"/inner/image.erofs","base":"mount","mount":{"kind":"attach","attach":{"fs_type":"ext4","attach":
+                {"kind":"loopback","loopback":{"path":"a.ext4","base":"mount","mount":NFS}}}}}}}},
+        {"kind":"bind","bind":{"path":"opt/tools","base":"mount","recursive":true,"ro":true,"mount":{"kind":"attach",
+            "attach":{"fs_type":"squashfs","attach":{"kind":"loopback","loopback":{"path":"images/a.sqsh","base":"root"}}}}}},
+        {"kind":"bind","bind":{"path":"/etc","base":"root"}},
+        {"kind":"attach","attach":{"fs_type":"xfs","attach":{"kind":"local","local":{"path":"/dev/sda"}}}},
+        NFS]}}"#;
+    let stacked = r#"{"kind":"overlay","overlay":{"upper":{"kind":"none"},"lower":[
+        {"kind":"nfs","nfs":{"path":"/export","host":"nfs.example.org","version":"4.1"}},
+        {"kind":"nfs","nfs":{"path":"/export","host":"10.0.0.5","version":"4.0","options":["sec=krb5p"]}}]}}"#;
+    let record = |name: &str, spec: &str| {
+        let mount = json::parse(&spec.replace("NFS", nfs)).unwrap().mount().clone();
+        // The innermost image is attached first.
+        let images = mount.images().into_iter().cloned().collect::<Vec<_>>();
+        let order: &[usize] = if images.len() == 3 { &[1, 0, 2] } else { &[0, 1, 2] };
+        let content = |n: u64| Content { inode: 10 * n, size: 4096 * n, modified: 1_764_109_200_000_000_000 + n };
+        let images = order.iter().filter_map(|&at| images.get(at).cloned()).zip((1..).map(content)).collect();
+        let target = format!("/var/lib/kubelet/pods/{name}/mount").into();
+        let volume_id = format!("pvc-{name}");
+        Record { volume_id, target, mount, read_only: false, exclusive: false, images, scratch: None }
+    };
+    let scratch = Some("scratch-1764109200000000001".into());
+    let seed = include_str!("../../../spec/testdata/nfs-loopback.json");
+    let flat = [("server", "192.168.3.253"), ("share", "/images"), ("image", "tools.sqsh")];
+    let flat = [&flat[..], &[("nfsVersion", "4.1"), ("mountOptions", "noexec,nconnect=4")]].concat();
+    let flat = flat.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>();
+    let flat = parse_attributes(&flat, &[]).unwrap().mount().clone();
+    let image = flat.images()[0].clone();
+    BTreeMap::from([
+        ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
+        ("everything", record("everything", everything)),
+        ("stacked", Record { read_only: true, ..record("stacked", stacked) }),
+        (
+            "by-hand",
+            Record {
+                volume_id: "by hand: /mnt/tools".into(),
+                target: "/mnt/tools".into(),
+                mount: flat,
+                read_only: true,
+                exclusive: false,
+                images: vec![(image, Content { inode: 1, size: 2, modified: 3 })],
+                scratch: None,
+            },
+        ),
+    ])
+}
+
+#[test]
+fn a_record_of_every_version_is_read() {
+    for version in 0..=VERSION {
+        let golden = golden(version);
+        assert_eq!(golden.len(), volumes().len());
+        for (name, expected) in volumes() {
+            let sorted = |mut record: Record| {
+                record.images.sort_by_key(|(image, _)| image.path.clone());
+                record
+            };
+            let record = read(golden[name].as_bytes()).unwrap();
+            assert_eq!(sorted(record), sorted(expected), "{name} of version {version}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_the_present_version() {
+    // For a new version: what is there is never changed.
+    if std::env::var_os("NEW_GOLDEN").is_some() {
+        let directory = format!("{}/src/volume/record/golden/version-{VERSION}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::create_dir(&directory).unwrap();
+        for (name, record) in volumes() {
+            std::fs::write(format!("{directory}/{name}.json"), write(&record).unwrap()).unwrap();
+        }
+    }
+    for (name, record) in volumes() {
+        let text = String::from_utf8(write(&record).unwrap()).unwrap();
+        assert_eq!(golden(VERSION)[name], text, "{name}: a change of the format is a new version");
+    }
+}
+
+#[test]
+fn of_a_record_that_cannot_be_read_volume_and_target_are_told() {
+    let newer = br#"{"version": 2, "volumeId": "v", "target": "/t", "mount": "?"}"#;
+    let failure = read(newer).unwrap_err();
+    assert_eq!((failure.head.volume_id.as_deref(), failure.head.target), (Some("v"), Some("/t".into())));
+    assert!(failure.why.contains("version 2, and this driver reads up to 1"), "{}", failure.why);
+    let spoilt = br#"{"version": 1, "volumeId": "v", "target": "/t", "readOnly": false, "mount": {"Ufo": {}}}"#;
+    assert_eq!(read(spoilt).unwrap_err().head.volume_id.as_deref(), Some("v"));
+    for text in ["", "{", "[]", "null", "{\"version\": -1}"] {
+        assert!(read(text.as_bytes()).unwrap_err().head.target.is_none(), "{text}");
+    }
+}

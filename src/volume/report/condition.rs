@@ -1,0 +1,108 @@
+//! Whether an image is still what it was when it was attached.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::{Error, Kind, Result};
+use crate::kernel::image::Content;
+use crate::lock::lock;
+use crate::single_flight::Flights;
+use crate::spec::Loopback;
+use crate::volume::record::Record;
+use crate::volume::source::Preparer;
+
+/// How long an answer is good for: the kubelet asks about every volume each minute or so, and many volumes share an image.
+const FRESH: Duration = Duration::from_secs(30);
+/// How long a caller waits for a server; the question goes on, and its answer is there for the next caller.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What images are now, and when that was asked.
+type Answers = HashMap<Loopback, (Instant, Result<Content>)>;
+
+/// Asks about images.
+pub struct Conditions {
+    preparer: Arc<Preparer>,
+    answers: Arc<Mutex<Answers>>,
+    questions: Flights<Loopback, (), Content>,
+}
+
+impl Conditions {
+    pub fn new(preparer: Arc<Preparer>) -> Self {
+        Conditions { preparer, answers: Arc::default(), questions: Flights::default() }
+    }
+
+    /// What is wrong with the images of a published volume, in a sentence; `None` where nothing is.
+    ///
+    /// Never waits longer than a few seconds for an image. Images of the node, and images inside of images, cannot change unnoticed by
+    /// the node's own people and are not looked at.
+    pub async fn of(&self, record: &Record) -> Option<String> {
+        for (image, attached) in &record.images {
+            if let Some(export) = image.base.export() {
+                let wrong = match self.look_at(image).await {
+                    Ok(now) => changed(attached, &now),
+                    Err(error) if error.kind == Kind::NotFound => {
+                        Some("is gone from the server: what is not cached yet may be unreadable".to_owned())
+                    }
+                    Err(error) => Some(format!("cannot be looked at: {error}")),
+                };
+                if let Some(wrong) = wrong {
+                    return Some(format!("image {} of {export} {wrong}", image.path));
+                }
+            }
+        }
+        None
+    }
+
+    async fn look_at(&self, image: &Loopback) -> Result<Content> {
+        let last = lock(&self.answers).get(image).cloned();
+        if let Some((_, content)) = last.filter(|(since, _)| since.elapsed() < FRESH) {
+            return content;
+        }
+        let ask = || {
+            let (preparer, answers, image) = (Arc::clone(&self.preparer), Arc::clone(&self.answers), image.clone());
+            async move {
+                let content = preparer.look_at(&image).await;
+                let mut answers = lock(&answers);
+                // Nobody has asked about these for a while.
+                answers.retain(|_, (since, _)| since.elapsed() < 10 * FRESH);
+                answers.insert(image, (Instant::now(), content.clone()));
+                content
+            }
+        };
+        tokio::time::timeout(PATIENCE, self.questions.run(image, ask)).await.unwrap_or_else(|_| {
+            let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
+            Err(Error::new(Kind::Unavailable, message))
+        })
+    }
+}
+
+fn changed(attached: &Content, now: &Content) -> Option<String> {
+    if attached == now {
+        return None;
+    }
+    Some(if attached.inode != now.inode {
+        "was replaced on the server: this volume keeps the old file; pods that start anew get the new one".into()
+    } else if now.size < attached.size {
+        format!("was truncated on the server, from {} to {} bytes: its content is damaged", attached.size, now.size)
+    } else {
+        "was written over on the server: its content is damaged; publish a new version under a new file".into()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_way_in_which_an_image_can_change_has_its_words() {
+        let attached = Content { inode: 1, size: 100, modified: 5 };
+        let words = |now| changed(&attached, &now).unwrap_or_default();
+        assert_eq!(words(attached), "");
+        assert!(words(Content { inode: 2, ..attached }).contains("replaced"));
+        assert!(words(Content { size: 50, ..attached }).contains("truncated on the server, from 100 to 50"));
+        assert!(words(Content { modified: 6, ..attached }).contains("written over"));
+    }
+}

@@ -1,0 +1,165 @@
+//! The live graph of this driver's volumes on a node, read from the kernel by any process.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::blocking::{RELEASING, WAITING};
+use crate::error::Result;
+use crate::kernel::loop_device::{self, Attached, Tag};
+use crate::kernel::mountinfo::{self, MountInfo};
+use crate::kernel::thread;
+use crate::volume::record::{self, List, Record, Unreadable};
+use crate::volume::source::mark::{loop_devices_of, without_nfs_directory};
+
+/// What the driver has on this node.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    pub volumes: Vec<PublishedVolume>,
+    pub loop_devices: Vec<Loop>,
+    /// The threads of drivers on this node that are in the kernel now. One that stays waits for a server that does not answer.
+    pub threads: Vec<WaitingThread>,
+    pub unreadable_records: Vec<Unreadable>,
+}
+
+/// One thread of a driver.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaitingThread {
+    pub process: u32,
+    pub id: u32,
+    pub purpose: Purpose,
+    /// `D` waits and cannot be interrupted; see proc_pid_stat(5).
+    pub state: char,
+    pub seconds: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Purpose {
+    /// A step of a call.
+    Work,
+    /// Letting go of what a teardown left.
+    Release,
+}
+
+/// One published path.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PublishedVolume {
+    pub volume_id: String,
+    pub target: PathBuf,
+    /// File system type and options from the mount table; `None` where the record says published and the kernel does not.
+    pub mounted: Option<String>,
+    /// The loop devices below it, uppermost layer first.
+    pub loop_devices: Vec<u32>,
+    /// The images and exports of its spec.
+    pub sources: Vec<String>,
+}
+
+/// One loop device of this driver.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Loop {
+    pub number: u32,
+    /// The image's path, relative to the root of its mount.
+    pub image: Option<String>,
+    pub size: u64,
+    /// How much was read from it since it was attached.
+    pub read_bytes: u64,
+    /// How many published paths stand on it.
+    pub published: usize,
+}
+
+/// Reads the driver's records, the mount table, the loop devices and the threads. Asks no server.
+pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
+    let List { records, unreadable } = record::list(data_dir)?;
+    let volumes = volumes(&records, &mountinfo::read()?);
+    let loop_devices = loop_devices(loop_device::list(&Tag::new(driver_name))?, &volumes);
+    Ok(Status { volumes, loop_devices, threads: threads(), unreadable_records: unreadable })
+}
+
+fn threads() -> Vec<WaitingThread> {
+    let describe = |thread: thread::Thread| WaitingThread {
+        process: thread.process,
+        id: thread.id,
+        purpose: if thread.name == RELEASING { Purpose::Release } else { Purpose::Work },
+        state: thread.state,
+        seconds: thread.age.as_secs(),
+    };
+    thread::list(&[WAITING, RELEASING]).into_iter().map(describe).collect()
+}
+
+/// The published paths, by name.
+pub fn volumes(records: &[Record], mounts: &[MountInfo]) -> Vec<PublishedVolume> {
+    let mounts: BTreeMap<&str, &MountInfo> = mounts.iter().map(|mount| (mount.mount_point.as_str(), mount)).collect();
+    let mut volumes: Vec<_> = records.iter().map(|record| volume(record, &mounts)).collect();
+    volumes.sort_by(|a, b| a.target.cmp(&b.target));
+    volumes
+}
+
+/// The driver's loop devices, and how many of `volumes` stand on each.
+pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume]) -> Vec<Loop> {
+    let describe = |attached: Attached| {
+        let number = attached.device.number();
+        Loop {
+            number,
+            image: attached.backing_file.map(|path| without_nfs_directory(&path).to_owned()),
+            size: attached.identity.size,
+            read_bytes: attached.read_bytes,
+            published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
+        }
+    };
+    attached.into_iter().map(describe).collect()
+}
+
+fn volume(record: &Record, mounts: &BTreeMap<&str, &MountInfo>) -> PublishedVolume {
+    let mount = record.target.to_str().and_then(|target| mounts.get(target));
+    PublishedVolume {
+        volume_id: record.volume_id.clone(),
+        target: record.target.clone(),
+        mounted: mount.map(|mount| format!("{} ({})", mount.fs_type, mount.options)),
+        loop_devices: mount.map(|mount| loop_devices_of(mount)).unwrap_or_default(),
+        sources: record.mount.sources(),
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.volumes.is_empty() && self.loop_devices.is_empty() {
+            writeln!(f, "no volumes, no loop devices")?;
+        }
+        for volume in &self.volumes {
+            writeln!(f, "volume {}", volume.volume_id)?;
+            writeln!(f, "  published at {}", volume.target.display())?;
+            writeln!(f, "  mounted as   {}", volume.mounted.as_deref().unwrap_or("nothing: not mounted any more"))?;
+            for number in &volume.loop_devices {
+                writeln!(f, "  stands on    /dev/loop{number}")?;
+            }
+            for source in &volume.sources {
+                writeln!(f, "  made of      {source}")?;
+            }
+        }
+        for device in &self.loop_devices {
+            let Loop { number, image, size, read_bytes, published } = device;
+            let image = image.as_deref().unwrap_or("?");
+            writeln!(f, "/dev/loop{number}: image {image}, {size} bytes, {read_bytes} read, {published} published")?;
+        }
+        for WaitingThread { process, id, purpose, state, seconds } in &self.threads {
+            let what = match purpose {
+                Purpose::Work => "waits for the kernel",
+                Purpose::Release => "lets go of what a teardown left",
+            };
+            writeln!(f, "thread {id} of process {process} {what}, for {seconds} s (state {state})")?;
+        }
+        for unreadable in &self.unreadable_records {
+            let volume = unreadable.volume_id.as_deref().unwrap_or("?");
+            let target = unreadable.target.as_deref().unwrap_or(Path::new("?")).display();
+            writeln!(f, "volume {volume}, published at {target}: {unreadable}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,19 @@
+//! From a spec to one mount: what asks servers, attaches images, and makes mounts of them. What looks at mounts is in
+//! [`super::report`].
+//!
+//! A [`Preparer`] turns a spec into a [`Prepared`]: servers asked, exports mounted, images on loop devices, all of it shared and held
+//! until dropped. [`build()`] turns that into one detached mount.
+
+mod build;
+mod exports;
+pub mod mark;
+mod prepare;
+mod prepared;
+mod probe;
+mod resolve;
+mod shared;
+
+pub use build::{UpperLayer, build, overlay_on};
+pub use prepare::Preparer;
+pub use prepared::Prepared;
+pub use probe::ask_host;

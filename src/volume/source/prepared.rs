@@ -1,0 +1,139 @@
+//! A spec whose servers were asked and whose images are attached: what is left to do needs this node alone.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::exports::NfsMount;
+use super::mark::Layer;
+use crate::blocking::{OffThread, Places};
+use crate::kernel::file_system::FileSystem;
+use crate::kernel::image::Content;
+use crate::kernel::loop_device::LoopDevice;
+use crate::kernel::mount::DetachedMount;
+use crate::spec::Loopback;
+
+/// A mount whose parts are held until this is dropped.
+#[derive(Clone)]
+pub enum Prepared {
+    /// `directory` is relative to the mount; empty is its root.
+    Nfs {
+        mount: Arc<OffThread<NfsMount>>,
+        directory: String,
+        read_only: bool,
+    },
+    FileSystem {
+        device: BlockDevice,
+        file_system: FileSystem,
+        no_exec: bool,
+    },
+    Bind {
+        base: PreparedBase,
+        path: String,
+        recursive: bool,
+        read_only: bool,
+    },
+    /// `source` is what the mount table shows.
+    Overlay {
+        lower: Vec<Prepared>,
+        source: Arc<str>,
+    },
+}
+
+#[derive(Clone)]
+pub enum BlockDevice {
+    Loop(ImageOnLoop),
+    Local(PathBuf),
+}
+
+/// An image file on a loop device.
+#[derive(Clone)]
+pub struct ImageOnLoop {
+    /// The image as the spec names it.
+    pub spec: Loopback,
+    /// What the file was when it was attached.
+    pub content: Content,
+    pub attached: Arc<OffThread<AttachedImage>>,
+    /// Kept so that the next image of the same export finds its NFS mount.
+    pub base: PreparedBase,
+}
+
+/// An image on its loop device, and its file system mounted, attached nowhere: the superblock is read while its server answers,
+/// and each further mount of it asks nobody.
+pub struct AttachedImage {
+    // Dropped before the device that it stands on.
+    pub _mount: DetachedMount,
+    pub device: LoopDevice,
+}
+
+#[derive(Clone)]
+pub enum PreparedBase {
+    HostRoot(Arc<OwnedFd>),
+    Mount(Box<Prepared>),
+}
+
+impl BlockDevice {
+    pub fn path(&self) -> PathBuf {
+        match self {
+            BlockDevice::Loop(image) => image.attached.device.path(),
+            BlockDevice::Local(path) => path.clone(),
+        }
+    }
+}
+
+impl Prepared {
+    /// The images that are attached, each with what it was then; an image inside of another comes after it.
+    pub fn images(&self) -> Vec<(Loopback, Content)> {
+        match self {
+            Prepared::Nfs { .. } | Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Vec::new(),
+            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
+                let mut images = image.base.images();
+                images.push((image.spec.clone(), image.content));
+                images
+            }
+            Prepared::Bind { base, .. } => base.images(),
+            Prepared::Overlay { lower, .. } => lower.iter().flat_map(Prepared::images).collect(),
+        }
+    }
+
+    /// Of the server that reading below the mount asks: of an overlay's, the last.
+    pub fn places(&self) -> Option<Places> {
+        match self {
+            Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
+            Prepared::FileSystem { device: BlockDevice::Loop(ImageOnLoop { base, .. }), .. }
+            | Prepared::Bind { base, .. } => base.places(),
+            Prepared::FileSystem { device: BlockDevice::Local(_), .. } => None,
+            Prepared::Overlay { lower, .. } => lower.iter().rev().find_map(Prepared::places),
+        }
+    }
+
+    /// What the mount is as a layer of an overlay.
+    pub fn layer(&self) -> Layer {
+        match self {
+            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
+                Layer::LoopDevice(image.attached.device.number())
+            }
+            Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Layer::LocalDevice,
+            Prepared::Nfs { .. } => Layer::Nfs,
+            Prepared::Bind { .. } => Layer::Bind,
+            Prepared::Overlay { .. } => Layer::Overlay,
+        }
+    }
+}
+
+impl PreparedBase {
+    fn images(&self) -> Vec<(Loopback, Content)> {
+        match self {
+            PreparedBase::Mount(mount) => mount.images(),
+            PreparedBase::HostRoot(_) => Vec::new(),
+        }
+    }
+
+    /// Of the server that opening a file below this base asks.
+    pub fn places(&self) -> Option<Places> {
+        match self {
+            PreparedBase::Mount(mount) => mount.places(),
+            PreparedBase::HostRoot(_) => None,
+        }
+    }
+}

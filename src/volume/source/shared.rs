@@ -1,0 +1,74 @@
+//! Kernel objects that several volumes use: made once, gone with the last user.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, Weak};
+
+use crate::error::Result;
+use crate::lock::lock;
+use crate::single_flight::Flights;
+
+/// The live objects by what makes two of them the same.
+pub struct Shared<K, V> {
+    live: Arc<Mutex<HashMap<K, Weak<V>>>>,
+    making: Flights<K, (), Arc<V>>,
+}
+
+impl<K, V> Default for Shared<K, V> {
+    fn default() -> Self {
+        Shared { live: Arc::default(), making: Flights::default() }
+    }
+}
+
+impl<K, V> Shared<K, V>
+where
+    K: Clone + Eq + Hash + Send + 'static,
+    V: Send + Sync + 'static,
+{
+    /// The object of this key, if anybody uses it.
+    pub fn find(&self, key: &K) -> Option<Arc<V>> {
+        lock(&self.live).get(key)?.upgrade()
+    }
+
+    /// The object of this key: the one in use, or what `make` returns. Who comes while it is made gets the same, or the same error.
+    pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>> + Send + 'static) -> Result<Arc<V>> {
+        if let Some(object) = self.find(key) {
+            return Ok(object);
+        }
+        let (live, new) = (Arc::clone(&self.live), key.clone());
+        let make = move || async move {
+            // Made since it was looked for.
+            if let Some(object) = lock(&live).get(&new).and_then(Weak::upgrade) {
+                return Ok(object);
+            }
+            let object = Arc::new(make.await?);
+            let mut live = lock(&live);
+            live.retain(|_, object| object.strong_count() > 0);
+            live.insert(new, Arc::downgrade(&object));
+            Ok(object)
+        };
+        self.making.run(key, make).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_object_is_made_once_while_in_use_and_again_afterwards() {
+        let shared = Shared::default();
+        let (one, two) = tokio::join!(shared.get(&"a", async { Ok(1) }), shared.get(&"a", async { Ok(2) }));
+        assert_eq!((*one.unwrap(), *two.unwrap()), (1, 1));
+        assert_eq!(*shared.get(&"a", async { Ok(3) }).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn keys_without_an_object_are_forgotten() {
+        let shared = Shared::default();
+        for key in 0..100 {
+            shared.get(&key, async { Ok(()) }).await.unwrap();
+        }
+        assert!(lock(&shared.live).len() <= 2);
+    }
+}

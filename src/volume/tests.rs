@@ -1,0 +1,398 @@
+//! What the core asks of the kernel, in which order and with which flags; and what it leaves when the kernel refuses.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::fixture::{Node, squashfs, wait_for};
+use super::publication::{Publication, by_hand};
+use crate::error::Kind;
+use crate::kernel::Kernel;
+use crate::kernel::mount::{NewMount, open_directory};
+
+const DIRECTORY: &str = r#"{"kind":"directory"}"#;
+
+/// The calls by which the image of a [`Node`] comes to a loop device.
+const STAGED: [&str; 4] = [
+    "mount nfs4 source=127.0.0.1:/images,vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,port=PORT,ro [ro,nosuid,nodev]",
+    "attach 127.0.0.1:/images (nfs 4.2, 127.0.0.1) at namespace/nfs-N",
+    "loop0: an image of 4096 bytes",
+    "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]",
+];
+
+#[tokio::test]
+async fn staging_mounts_the_export_out_of_sight_and_reads_the_superblock_while_the_server_answers() {
+    let node = Node::new().await;
+    let mount = node.allowed(&node.image(""));
+    node.volumes.stage("v", &mount).await.unwrap();
+    assert_eq!(node.log(), STAGED);
+    node.volumes.stage("v", &mount).await.unwrap();
+    assert_eq!(node.log(), [""; 0], "staging the same again is no work");
+    let error = node.volumes.stage("v", &node.allowed(&node.nfs("/images"))).await.unwrap_err();
+    assert_eq!(error.kind, Kind::AlreadyExists);
+    node.volumes.unstage("v").await.unwrap();
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn a_staged_image_is_published_by_one_mount_and_attached_last() {
+    let node = Node::new().await;
+    node.volumes.stage("v", &node.allowed(&node.image(""))).await.unwrap();
+    node.log();
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    let calls =
+        ["mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]", "attach squashfs on /dev/loop0 at pods/pod/mount"];
+    assert_eq!(node.log(), calls);
+    assert_eq!(node.publish("v", &node.image(""), "pod").await.unwrap(), target);
+    assert_eq!(node.log(), [""; 0], "publishing the same again is no work");
+    assert_eq!(node.publish("w", &node.image(""), "pod").await.unwrap_err().kind, Kind::AlreadyExists);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert_eq!(node.log(), ["unmount pods/pod/mount"]);
+    assert!(!target.exists() && node.records().is_empty());
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert_eq!(node.kernel.live_loop_devices(), [0], "the volume is still staged");
+}
+
+#[tokio::test]
+async fn an_overlay_is_put_together_out_of_sight_with_its_upper_on_the_disk() {
+    let node = Node::new().await;
+    let spec = node.overlay(DIRECTORY);
+    let target = node.publish("v", &spec, "pod").await.unwrap();
+    let calls = node.log();
+    assert_eq!(calls[..4], STAGED);
+    let [image, upper, one, two, overlay, rest @ ..] = &calls[4..] else { panic!("{calls:?}") };
+    assert_eq!(image, "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]");
+    assert!(upper.starts_with("bind data/published/") && upper.ends_with(" [nosuid,nodev]"), "{upper}");
+    assert_eq!(one, "attach squashfs on /dev/loop0 at namespace/build-N/0-loop0");
+    assert_eq!(two, "attach directory at namespace/build-N/upper");
+    let options = "source=test.csi.dev,lowerdir=0-loop0,upperdir=upper/upper,workdir=upper/work";
+    assert_eq!(*overlay, format!("mount overlay {options} [nosuid,nodev]"));
+    let mut workspace = rest[..2].to_vec();
+    workspace.sort();
+    assert_eq!(workspace, ["unmount namespace/build-N/0-loop0", "unmount namespace/build-N/upper"], "{calls:?}");
+    assert_eq!(rest[2..], ["attach overlay of 1 layers at pods/pod/mount"]);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    node.volumes.finish_deletions();
+    assert!(node.records().is_empty());
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn what_is_asked_for_read_only_or_without_execution_has_it_on_the_mount() {
+    let node = Node::new().await;
+    let publish = async |spec: String, pod: &str, read_only| {
+        let publication = Publication { read_only, ..node.publication(pod, &spec, pod) };
+        node.volumes.publish(publication, false).await.unwrap();
+        node.log().into_iter().filter(|call| call.starts_with("restrict")).collect::<Vec<_>>()
+    };
+    // The kernel refuses an overlay of one layer alone, and nothing is written to it.
+    let tmpfs = node.overlay(r#"{"kind":"tmpfs","size":"1Mi"}"#);
+    assert_eq!(publish(tmpfs.clone(), "a", true).await, ["restrict squashfs on /dev/loop0 [ro]"]);
+    assert_eq!(publish(tmpfs, "b", false).await, [""; 0]);
+    let no_exec = node.image(r#","mount_options":["noexec"]"#);
+    assert_eq!(publish(no_exec, "c", false).await, ["restrict squashfs on /dev/loop0 [noexec]"]);
+}
+
+#[tokio::test]
+async fn a_directory_of_the_node_is_read_only_whatever_the_spec_says() {
+    let node = Node::with("hostPaths: [/srv]", Duration::from_secs(60)).await;
+    let spec = r#"{"kind":"bind","bind":{"path":"/srv/tools","base":"root","recursive":true,"ro":false}}"#;
+    node.publish("v", spec, "pod").await.unwrap();
+    assert_eq!(node.log()[0], "bind recursively host/srv/tools [ro,nosuid,nodev]");
+}
+
+#[tokio::test]
+async fn a_crowd_on_one_image_shares_one_mount_and_one_loop_device() {
+    let node = Node::new().await;
+    let stage = async |id: &str| node.volumes.stage(id, &node.allowed(&node.image(""))).await.unwrap();
+    tokio::join!(stage("a"), stage("b"), stage("c"), stage("d"));
+    assert_eq!(node.log(), STAGED);
+    for id in ["a", "b", "c", "d"] {
+        assert_eq!(node.kernel.live_loop_devices(), [0]);
+        node.volumes.unstage(id).await.unwrap();
+    }
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn an_image_that_was_replaced_gets_a_device_of_its_own() {
+    let node = Node::new().await;
+    node.volumes.stage("old", &node.allowed(&node.image(""))).await.unwrap();
+    std::fs::write(node.kernel.export().join("next"), squashfs(8192)).unwrap();
+    std::fs::rename(node.kernel.export().join("next"), node.kernel.export().join("image.sqsh")).unwrap();
+    node.log();
+    node.volumes.stage("new", &node.allowed(&node.image(""))).await.unwrap();
+    assert_eq!(node.log()[0], "loop1: an image of 8192 bytes");
+}
+
+#[tokio::test]
+async fn whatever_the_kernel_refuses_leaves_nothing() {
+    let node = Node::new().await;
+    let calls = [
+        ("mount nfs4", Errno::ACCESS, Kind::PermissionDenied),
+        ("attach 127.0.0.1", Errno::NOMEM, Kind::ResourceExhausted),
+        ("loop0", Errno::NOENT, Kind::Internal),
+        ("mount squashfs", Errno::INVAL, Kind::FailedPrecondition),
+        ("data/published", Errno::IO, Kind::Internal),
+        ("attach directory", Errno::IO, Kind::Internal),
+        ("mount overlay", Errno::INVAL, Kind::FailedPrecondition),
+        ("attach overlay", Errno::NOSPC, Kind::ResourceExhausted),
+    ];
+    for (call, errno, kind) in calls {
+        node.kernel.refuse(call, errno);
+        let error = node.publish("v", &node.overlay(DIRECTORY), "pod").await.expect_err(call);
+        assert_eq!((error.kind, error.errno()), (kind, Some(errno)), "{call}: {error}");
+        assert!(!node.target("pod").exists() && node.records().is_empty(), "{call}");
+        node.assert_nothing_held().await;
+        node.kernel.allow();
+    }
+    node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_late_call_names_its_step_a_repeated_one_joins_and_unstage_does_not_wait() {
+    let node = Node::with("{}", Duration::from_secs(1)).await;
+    node.kernel.hold("mount nfs4");
+    let mount = node.allowed(&node.image(""));
+    let stage = || node.volumes.stage("v", &mount);
+    let (one, two) = tokio::join!(stage(), stage());
+    for late in [one, two] {
+        let error = late.unwrap_err();
+        assert_eq!(error.kind, Kind::DeadlineExceeded);
+        assert!(error.message.contains("still at: mount 127.0.0.1:/images (nfs 4.2, 127.0.0.1)"), "{error}");
+    }
+    assert_eq!(node.log().len(), 1, "the second call joined the first");
+    node.volumes.unstage("v").await.unwrap();
+    node.kernel.release();
+    // The stage goes on to its end, and finds that it may not keep what it made.
+    let log = std::cell::RefCell::new(Vec::new());
+    let is_unmounted = || {
+        log.borrow_mut().extend(node.log());
+        log.borrow().iter().any(|call| call == "unmount namespace/nfs-N")
+    };
+    wait_for(is_unmounted, || format!("{:?}", log.borrow())).await;
+    assert!(log.borrow().iter().any(|call| call.starts_with("mount squashfs")), "{log:?}");
+    node.assert_nothing_held().await;
+    assert_eq!(node.volumes.observe().await.unwrap().staged, 0);
+}
+
+#[tokio::test]
+async fn a_published_path_survives_the_driver_with_its_scratch_layer() {
+    let mut node = Node::new().await;
+    let spec = node.overlay(DIRECTORY);
+    let target = node.publish("v", &spec, "pod").await.unwrap();
+    node.restart();
+    node.publish("v", &spec, "pod").await.unwrap();
+    // As after a reboot of the node: the mount is gone, and what the pod wrote is not.
+    let scratch = std::fs::read_dir(&node.records()[0]).unwrap().map(|entry| entry.unwrap().path());
+    let scratch = scratch.into_iter().find(|path| path.is_dir()).unwrap();
+    std::fs::create_dir_all(scratch.join("upper")).unwrap();
+    std::fs::write(scratch.join("upper/mine"), "1").unwrap();
+    node.kernel.take_off(&target);
+    node.restart();
+    // It is not lost either where the first try fails.
+    node.kernel.refuse("mount overlay", Errno::NOMEM);
+    node.publish("v", &spec, "pod").await.unwrap_err();
+    node.kernel.allow();
+    node.publish("v", &spec, "pod").await.unwrap();
+    assert!(scratch.join("upper/mine").exists());
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert!(node.records().is_empty());
+}
+
+/// Replaces the one record that there is.
+fn rewrite(node: &Node, text: &str) {
+    std::fs::write(node.records()[0].join("volume.json"), text).unwrap();
+}
+
+#[tokio::test]
+async fn what_an_earlier_version_published_is_published_and_can_be_unpublished() {
+    let mut node = Node::new().await;
+    let target = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+    let text = include_str!("record/golden/version-0/seed.json");
+    let port = format!(r#"[{{"key": "port", "value": "{}"}}]"#, node.port);
+    let text = text
+        .replace("pvc-seed", "v")
+        .replace("192.168.3.253", "127.0.0.1")
+        .replace("\"options\": []", &format!("\"options\": {port}"));
+    let text = text.replace("/var/lib/kubelet/pods/seed/mount", target.to_str().unwrap());
+    rewrite(&node, &text.replace("\"exclusive\": true", "\"exclusive\": false"));
+    node.restart();
+    node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+    assert_eq!(node.volumes.observe().await.unwrap().published[0].volume_id, "v");
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert!(node.records().is_empty());
+}
+
+#[tokio::test]
+async fn a_record_of_a_newer_version_costs_no_pod_its_scratch_layer_or_its_unmount() {
+    let mut node = Node::new().await;
+    let spec = node.overlay(DIRECTORY);
+    let target = node.publish("v", &spec, "pod").await.unwrap();
+    rewrite(&node, &format!(r#"{{"version": 99, "volumeId": "v", "target": "{}"}}"#, target.display()));
+    let directory = node.records().remove(0);
+    let files = || {
+        let mut files: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files
+    };
+    let before = files();
+    assert_eq!(before.len(), 2);
+    node.restart();
+    for mounted in [true, false] {
+        if !mounted {
+            node.kernel.take_off(&target);
+        }
+        let error = node.publish("v", &spec, "pod").await.unwrap_err();
+        assert_eq!(error.kind, Kind::FailedPrecondition);
+        assert!(error.message.contains("volume.json cannot be read: it is of version 99"), "{error}");
+    }
+    let stats = node.volumes.stats("v", &target).await.unwrap();
+    assert!(stats.usage.is_none() && stats.abnormal.unwrap().contains("version 99"));
+    let observed = node.volumes.observe().await.unwrap();
+    assert_eq!((observed.unreadable_records, observed.abnormal), (1, 1));
+
+    // Its pod is gone, as is that of a record which can be read.
+    let other = node.publish("w", &spec, "other").await.unwrap();
+    node.kernel.take_off(&other);
+    for gone in [&target, &other] {
+        std::fs::remove_dir_all(gone.parent().unwrap()).unwrap();
+    }
+    node.volumes.sweep();
+    wait_for(|| node.records().len() == 1, || "the other record stays".into()).await;
+    assert_eq!(node.volumes.unpublish("w", &target).await.unwrap_err().kind, Kind::NotFound);
+    assert_eq!(files(), before);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert!(node.records().is_empty());
+}
+
+#[tokio::test]
+async fn a_record_that_a_power_cut_tore_is_in_nobody_s_way_and_what_lies_beside_one_is_kept() {
+    let mut node = Node::new().await;
+    for text in ["", "{\"version\": 1, \"vol"] {
+        let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+        rewrite(&node, text);
+        node.kernel.take_off(&target);
+        node.restart();
+        node.publish("v", &node.image(""), "pod").await.unwrap();
+        node.volumes.unpublish("v", &target).await.unwrap();
+    }
+    let target = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+    rewrite(&node, "");
+    node.kernel.take_off(&target);
+    node.restart();
+    let error = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition);
+    assert_eq!(std::fs::read_dir(&node.records()[0]).unwrap().count(), 2);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert!(node.records().is_empty());
+}
+
+#[tokio::test]
+async fn a_record_that_the_disk_does_not_give_is_no_reason_to_remove_anything() {
+    let node = Node::new().await;
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    let file = node.records()[0].join("volume.json");
+    std::fs::remove_file(&file).unwrap();
+    // To read a directory as a file fails, as a broken disk does.
+    std::fs::create_dir(&file).unwrap();
+    assert_eq!(node.volumes.unpublish("v", &target).await.unwrap_err().kind, Kind::Internal);
+    assert_eq!(node.publish("v", &node.image(""), "pod").await.unwrap_err().kind, Kind::Internal);
+    assert!(file.exists() && node.kernel.is_mount(&target).unwrap());
+}
+
+#[tokio::test]
+async fn a_restarted_driver_finds_the_loop_device_of_what_is_mounted() {
+    let mut node = Node::new().await;
+    node.publish("v", &node.image(""), "pod").await.unwrap();
+    // What is mounted holds the device, as this does.
+    let _before = Arc::clone(&node.volumes);
+    node.restart();
+    node.log();
+    node.publish("v", &node.image(""), "other").await.unwrap();
+    assert!(!node.log().iter().any(|call| call.starts_with("loop")));
+    assert_eq!(node.kernel.live_loop_devices(), [0]);
+}
+
+#[tokio::test]
+async fn no_server_is_asked_for_a_volume_that_the_policy_does_not_allow_any_more() {
+    let mut node = Node::new().await;
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    node.policy("servers: [{host: elsewhere}]");
+    node.log();
+    let stats = node.volumes.stats("v", &target).await.unwrap();
+    assert!(stats.abnormal.unwrap().contains("server \"127.0.0.1\" is not allowed by the policy"));
+    assert!(!node.log().iter().any(|call| call.starts_with("mount")));
+    node.volumes.unpublish("v", &target).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_for_one_pod_is_published_once_also_where_its_record_cannot_be_read() {
+    let node = Node::new().await;
+    let publish = async |pod: &str| {
+        let publication = Publication { exclusive: true, ..node.publication("v", &node.image(""), pod) };
+        node.volumes.publish(publication, true).await
+    };
+    publish("a").await.unwrap();
+    assert_eq!(publish("b").await.unwrap_err().kind, Kind::FailedPrecondition);
+    rewrite(&node, &format!(r#"{{"version": 99, "volumeId": "v", "target": "{}"}}"#, node.target("a").display()));
+    assert_eq!(publish("b").await.unwrap_err().kind, Kind::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn a_foreign_mount_is_left_alone() {
+    let node = Node::new().await;
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    node.volumes.unpublish("v", &target).await.unwrap();
+    std::fs::create_dir(&target).unwrap();
+    let foreign = node.kernel.mount(NewMount::new("tmpfs", "tmpfs of somebody")).unwrap();
+    node.kernel.attach(&foreign, open_directory(&target).unwrap().as_fd()).unwrap();
+    assert_eq!(node.publish("v", &node.image(""), "pod").await.unwrap_err().kind, Kind::AlreadyExists);
+    assert_eq!(node.volumes.unpublish("v", &target).await.unwrap_err().kind, Kind::FailedPrecondition);
+    assert!(node.kernel.is_mount(&target).unwrap());
+}
+
+#[tokio::test]
+async fn a_volume_that_is_not_mounted_any_more_is_abnormal() {
+    let node = Node::new().await;
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    let stats = node.volumes.stats("v", &target).await.unwrap();
+    assert!(stats.usage.is_some() && stats.abnormal.is_none(), "{stats:?}");
+    assert_eq!(node.volumes.stats("w", &target).await.unwrap_err().kind, Kind::NotFound);
+    node.kernel.take_off(&target);
+    let stats = node.volumes.stats("v", &target).await.unwrap();
+    assert!(stats.usage.is_none() && stats.abnormal.unwrap().contains("not mounted any more"));
+    assert_eq!(node.volumes.observe().await.unwrap().abnormal, 1);
+}
+
+#[tokio::test]
+async fn an_image_that_was_replaced_on_the_server_is_told_in_words() {
+    let node = Node::new().await;
+    let target = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+    std::fs::write(node.kernel.export().join("next"), squashfs(4096)).unwrap();
+    std::fs::rename(node.kernel.export().join("next"), node.kernel.export().join("image.sqsh")).unwrap();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    assert!(abnormal.starts_with("image image.sqsh of 127.0.0.1:/images was replaced on the server"), "{abnormal}");
+}
+
+#[tokio::test]
+async fn what_pods_left_is_swept_and_what_was_mounted_by_hand_is_not() {
+    let node = Node::new().await;
+    let pod = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
+    let by_hand_at = node.target("hand");
+    let mount = node.allowed(&node.overlay(DIRECTORY));
+    node.volumes.publish(Publication::by_hand(by_hand_at.clone(), mount, false), false).await.unwrap();
+    for target in [&pod, &by_hand_at] {
+        node.kernel.take_off(target);
+        std::fs::remove_dir_all(target.parent().unwrap()).unwrap();
+    }
+    node.volumes.sweep();
+    wait_for(|| node.records().len() == 1, || "the pod's record stays".into()).await;
+    let left = node.volumes.observe().await.unwrap().published;
+    let left: Vec<&Path> = left.iter().map(|volume| volume.target.as_path()).collect();
+    assert_eq!(left, [&by_hand_at]);
+    node.volumes.unpublish(&by_hand(&by_hand_at), &by_hand_at).await.unwrap();
+}
