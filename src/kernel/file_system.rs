@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::error::Subject;
 use super::mount::{MountAttrFlags, NewMount};
 
 /// How much of an image is read to look at its superblock.
@@ -33,7 +32,7 @@ impl FileSystem {
     /// A mount of the file system on a block device. Reads the device where none of its mounts is left.
     pub fn on(self, device: &Path, no_exec: bool) -> NewMount {
         let name = self.name();
-        let new = NewMount::new(name, format!("{name} on {}", device.display())).about(Subject::Image);
+        let new = NewMount::new(name, format!("{name} on {}", device.display()));
         let new = new.set("source", device.display()).read_only();
         let new = match self {
             FileSystem::Squashfs | FileSystem::Erofs => new,

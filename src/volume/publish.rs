@@ -22,7 +22,7 @@ impl Volumes {
     ///
     /// `staged` says that [`Self::stage`] holds the volume; one that is not staged (inline, by hand, or after a restart of the
     /// driver) is prepared for this target alone. Publishing the same again is no work; another volume, or other attributes, at
-    /// a target in use is `ALREADY_EXISTS`. On any error nothing is left behind.
+    /// a target in use is `ALREADY_EXISTS`. On any error nothing new is left behind.
     pub async fn publish(self: &Arc<Self>, publication: Publication, staged: bool) -> Result<()> {
         let this = Arc::clone(self);
         let (key, request) = (Key::Target(publication.target.clone()), Request::Publish(publication.clone()));

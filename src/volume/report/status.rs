@@ -8,11 +8,11 @@ use serde::Serialize;
 
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
-use crate::kernel::loop_device::{self, Attached, Tag};
+use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
 use crate::volume::record::{self, List, Record, Unreadable};
-use crate::volume::source::mark::{loop_devices_of, without_nfs_directory};
+use crate::volume::source::mark::{Mark, loop_devices_of, without_nfs_directory};
 
 /// What the driver has on this node.
 #[derive(Debug, Serialize)]
@@ -78,7 +78,7 @@ pub struct Loop {
 pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
     let List { records, unreadable } = record::list(data_dir)?;
     let volumes = volumes(&records, &mountinfo::read()?);
-    let loop_devices = loop_devices(loop_device::list(&Tag::new(driver_name))?, &volumes);
+    let loop_devices = loop_devices(loop_device::list(Mark::new(driver_name).tag())?, &volumes);
     Ok(Status { volumes, loop_devices, threads: threads(), unreadable_records: unreadable })
 }
 

@@ -30,7 +30,8 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
             in_namespace(kernel, || kernel.bind(mount.open(directory)?.as_fd(), false, attributes(*read_only)))?
         }
         Prepared::FileSystem { device, file_system, no_exec } => {
-            measured(file_system.name(), || kernel.mount(file_system.on(&device.path(), *no_exec)))
+            let new = file_system.on(&device.path(), *no_exec).about(device.subject());
+            measured(file_system.name(), || kernel.mount(new))
         }
         // What is the node's own is shown to pods, and never given to them.
         Prepared::Bind { base: PreparedBase::HostRoot(root), path, recursive, .. } => {

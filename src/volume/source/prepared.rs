@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::exports::NfsMount;
 use super::mark::Layer;
 use crate::blocking::{OffThread, Places};
+use crate::kernel::Subject;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::Content;
 use crate::kernel::loop_device::LoopDevice;
@@ -79,6 +80,14 @@ impl BlockDevice {
             BlockDevice::Local(path) => path.clone(),
         }
     }
+
+    /// Whose affair it is when the device cannot be mounted: a spec names local devices, and nobody a loop device.
+    pub fn subject(&self) -> Subject {
+        match self {
+            BlockDevice::Loop(_) => Subject::Node,
+            BlockDevice::Local(_) => Subject::Image,
+        }
+    }
 }
 
 impl Prepared {
@@ -96,7 +105,7 @@ impl Prepared {
         }
     }
 
-    /// Of the server that reading below the mount asks: of an overlay's, the last.
+    /// The places of the server that is asked by who reads below the mount. An overlay has those of its last lower that asks one.
     pub fn places(&self) -> Option<Places> {
         match self {
             Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
@@ -129,7 +138,7 @@ impl PreparedBase {
         }
     }
 
-    /// Of the server that opening a file below this base asks.
+    /// The places of the server that is asked by who opens a file below this base.
     pub fn places(&self) -> Option<Places> {
         match self {
             PreparedBase::Mount(mount) => mount.places(),
