@@ -101,17 +101,21 @@ test-sanity: target/tools/csi-sanity vm build ## run the CSI project's own confo
 
 # Where a target needs Go, it says so. The compiler collects no garbage before it has 2 GiB: that is a fifth of its time.
 GO = $(or $(shell command -v go),$(error $@ needs Go 1.26 or newer: https://go.dev/dl))
+# Downloads come before: the network has deadlines that are missed by what gets no processor.
+GO_FETCH = CGO_ENABLED=0 $(GO) list -C $(<D) -tags grpcnotrace -deps tool >/dev/null
 GO_BUILD = CGO_ENABLED=0 GOGC=off GOMEMLIMIT=2GiB $(BESIDE) $(GO) build -C $(<D) -trimpath -tags grpcnotrace -ldflags "-s -w $(1)"
 # The programs of other projects that tests run, and those that render and check the chart.
 PROGRAMS = $(addprefix target/tools/,csi-sanity helm-docs kubeconform kube-score yq)
 $(PROGRAMS): private ring = programs
 $(PROGRAMS) &: e2e/programs/go.mod
+	$(GO_FETCH)
 	$(call GO_BUILD) -o $(CURDIR)/$(@D)/ tool
 	touch $(PROGRAMS)
 
 # It is made of the libraries of Kubernetes. Builds at the same time would compile twice what they share.
 target/tools/helm: private ring = helm
 target/tools/helm: e2e/kubernetes/go.mod | $(PROGRAMS)
+	$(GO_FETCH)
 	$(call GO_BUILD) -o $(CURDIR)/$@ helm.sh/helm/v4/cmd/helm
 	touch $@
 
@@ -125,7 +129,7 @@ $(PROMETHEUS) &: | tools
 
 target/tools/kubernetes-schemas/complete: private ring = schemas
 target/tools/kubernetes-schemas/complete: charts/tools/schemas | tools
-	$(BESIDE) $< $(@D)
+	$(RING) $< $(@D)
 
 .PHONY: chart
 chart: $(PROGRAMS) target/tools/helm ## write what follows from the Helm chart anew: its README.md and the manifests (needs Go)
