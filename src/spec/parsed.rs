@@ -1,4 +1,4 @@
-//! A spec on its way from what a user wrote to what the admin allows: nothing is mounted that did not go it.
+//! A spec on its way from what a user wrote to what the admin allows: nothing is mounted that did not come this way.
 
 use std::ops::Deref;
 

@@ -1,6 +1,6 @@
 //! What can be asked of a mount and those inside it.
 
-use super::{Attach, Base, Bind, Device, Loopback, Mount, Nfs, Upper};
+use super::{Attach, Base, Bind, Device, Mount, Nfs, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -28,7 +28,8 @@ impl Mount {
     }
 
     /// The image files, each before the image that it lies in.
-    pub fn images(&self) -> Vec<&Loopback> {
+    #[cfg(test)]
+    pub fn images(&self) -> Vec<&super::Loopback> {
         let mut images = Vec::new();
         self.visit("", &mut |_, mount| {
             if let Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) = mount {

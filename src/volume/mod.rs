@@ -100,7 +100,6 @@ pub struct Config {
 
 /// The volumes of one node.
 pub struct Volumes {
-    policy: Arc<Policy>,
     timeout: Duration,
     kernel: Arc<dyn Kernel>,
     mark: Mark,
@@ -121,19 +120,10 @@ impl Volumes {
         let Config { driver_name, data_dir, host_root, nfs_read_ahead, policy, timeout } = config;
         let mark = Mark::new(&driver_name);
         let records = Records::new(&data_dir)?;
-        let preparer =
-            Preparer::new(Arc::clone(&kernel), Arc::clone(&policy), mark.clone(), &host_root, nfs_read_ahead)?;
+        let preparer = Preparer::new(Arc::clone(&kernel), policy, mark.clone(), &host_root, nfs_read_ahead)?;
         let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
-            report: Report::new(
-                Arc::clone(&kernel),
-                mark.clone(),
-                Arc::clone(&policy),
-                Arc::clone(&preparer),
-                records.clone(),
-                timeout,
-            ),
-            policy,
+            report: Report::new(Arc::clone(&kernel), mark.clone(), Arc::clone(&preparer), records.clone(), timeout),
             timeout,
             kernel,
             mark,
@@ -148,7 +138,7 @@ impl Volumes {
 
     /// What the node's policy says to a spec.
     pub fn allow(&self, spec: Parsed) -> Result<Allowed> {
-        Ok(spec.allowed_by(&self.policy)?)
+        Ok(spec.allowed_by(self.preparer.policy())?)
     }
 
     /// Mounts the exports and attaches the images that the volume needs, and holds them until [`Self::unstage`].

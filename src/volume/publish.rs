@@ -203,7 +203,7 @@ impl Volumes {
         match self.records.of(target).read()? {
             Found::Record(record) if record.volume_id == volume_id => return Ok(()),
             Found::Record(record) => return Err(in_use(target, Some(&record)).with_kind(Kind::NotFound)),
-            Found::Unreadable(unreadable) if unreadable.volume_id.as_deref().is_none_or(|id| id == volume_id) => {
+            Found::Unreadable(unreadable) if unreadable.may_be_of(volume_id) => {
                 // There is one because the driver published here. What belongs to the pod ends with the pod.
                 tracing::warn!(target = %target.display(), "unpublished all the same: {unreadable}");
                 return Ok(());
@@ -286,7 +286,7 @@ fn make_target(target: &Path) -> Result<()> {
     }
 }
 
-/// And no symlink to one, below which the mount would be somewhere else.
+/// A symlink to a directory is none: the mount would be somewhere else.
 fn is_directory(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }

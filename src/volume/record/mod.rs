@@ -80,6 +80,13 @@ pub struct Unreadable {
     pub why: String,
 }
 
+impl Unreadable {
+    /// Whether it is of this volume, as far as it says so: it lies where the driver published something.
+    pub fn may_be_of(&self, volume_id: &str) -> bool {
+        self.volume_id.as_deref().is_none_or(|id| id == volume_id)
+    }
+}
+
 impl fmt::Display for Unreadable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the record {} cannot be read: {}", self.path.display(), self.why)

@@ -21,14 +21,12 @@ use super::source::Preparer;
 use super::source::mark::Mark;
 use crate::kernel::Kernel;
 use crate::lock::lock;
-use crate::spec::policy::Policy;
 use condition::Conditions;
 
 /// What looks at the volumes of one node.
 pub struct Report {
     kernel: Arc<dyn Kernel>,
     mark: Mark,
-    policy: Arc<Policy>,
     preparer: Arc<Preparer>,
     records: Records,
     timeout: Duration,
@@ -42,13 +40,12 @@ impl Report {
     pub fn new(
         kernel: Arc<dyn Kernel>,
         mark: Mark,
-        policy: Arc<Policy>,
         preparer: Arc<Preparer>,
         records: Records,
         timeout: Duration,
     ) -> Self {
         let conditions = Conditions::new(Arc::clone(&preparer));
-        Report { kernel, mark, policy, preparer, records, timeout, conditions, abnormal: Mutex::default() }
+        Report { kernel, mark, preparer, records, timeout, conditions, abnormal: Mutex::default() }
     }
 
     /// A path that is not published any more.

@@ -69,7 +69,7 @@ impl Report {
         let directory = self.records.of(path);
         let record = match blocking::run("read the record", move || directory.read()).await? {
             Found::Record(record) if record.volume_id == volume_id => record,
-            Found::Unreadable(unreadable) if unreadable.volume_id.as_deref().is_none_or(|id| id == volume_id) => {
+            Found::Unreadable(unreadable) if unreadable.may_be_of(volume_id) => {
                 return Ok(Stats { usage: None, abnormal: Some(unreadable.to_string()) });
             }
             Found::Record(_) | Found::Unreadable(_) | Found::Nothing => {
@@ -78,7 +78,7 @@ impl Report {
             }
         };
         // No server is asked that the policy does not allow any more.
-        let mount = match Allowed::new(record.mount.clone(), &self.policy) {
+        let mount = match Allowed::new(record.mount.clone(), self.preparer.policy()) {
             Ok(mount) => mount,
             Err(error) => return Ok(Stats { usage: None, abnormal: Some(format!("mounted once, but now: {error}")) }),
         };

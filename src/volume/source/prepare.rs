@@ -46,6 +46,11 @@ impl Preparer {
         Ok(Preparer { kernel, policy, mark, host_root, exports, images: Shared::default() })
     }
 
+    /// What volumes may ask for.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
     /// Asks the servers and attaches the images of `spec`, innermost first.
     pub async fn prepare(&self, spec: &Allowed) -> Result<Prepared> {
         self.mount(spec).await

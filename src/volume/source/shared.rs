@@ -27,7 +27,7 @@ where
 {
     /// The object of this key, if anybody uses it.
     pub fn find(&self, key: &K) -> Option<Arc<V>> {
-        lock(&self.live).get(key)?.upgrade()
+        find(&self.live, key)
     }
 
     /// The object of this key: the one in use, or what `make` returns. Who comes while it is made gets the same, or the same error.
@@ -38,7 +38,7 @@ where
         let (live, new) = (Arc::clone(&self.live), key.clone());
         let make = move || async move {
             // Made since it was looked for.
-            if let Some(object) = lock(&live).get(&new).and_then(Weak::upgrade) {
+            if let Some(object) = find(&live, &new) {
                 return Ok(object);
             }
             let object = Arc::new(make.await?);
@@ -49,6 +49,10 @@ where
         };
         self.making.run(key, make).await
     }
+}
+
+fn find<K: Eq + Hash, V>(live: &Mutex<HashMap<K, Weak<V>>>, key: &K) -> Option<Arc<V>> {
+    lock(live).get(key)?.upgrade()
 }
 
 #[cfg(test)]
