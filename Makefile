@@ -133,7 +133,7 @@ target/tools/kubernetes-schemas/complete: charts/tools/schemas | tools
 
 .PHONY: chart
 chart: $(PROGRAMS) target/tools/helm ## write what follows from the Helm chart anew: its README.md and the manifests (needs Go)
-	PATH=$(CURDIR)/target/tools:$$PATH charts/tools/generate charts/csi-driver-squashfs/README.md manifests/csi-driver-squashfs.yaml
+	PATH=$(CURDIR)/target/tools:$$PATH charts/tools/generate charts/csi-driver-squashfs/README.md manifests/csi-driver-squashfs.yaml charts/csi-driver-squashfs/values.schema.json
 
 .PHONY: test-chart
 test-chart: tools $(PROGRAMS) target/tools/helm $(PROMETHEUS) target/tools/kubernetes-schemas/complete build ## check the Helm chart and the manifests (needs Go; first time: five minutes)

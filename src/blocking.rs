@@ -1,77 +1,28 @@
-//! Where the driver waits for the kernel: each wait on a thread of its own, and always with a name.
+//! Where the driver waits for the kernel: each wait on a thread of its own, and always with a name. How many may wait for servers is
+//! up to [`crate::places`].
 
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::CString;
 use std::io;
-use std::net::IpAddr;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError};
 use std::thread;
+use std::time::Instant;
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::error::{Error, Kind, Result};
 use crate::kernel;
 use crate::lock::lock;
 use crate::metrics::{self, Releasing, Timer, Waiting};
+use crate::step;
 
-/// How many threads may wait for one NFS server. What comes later waits for a place, without a thread.
-const PLACES: usize = 16;
 /// The names of the threads, by which others find them.
 pub const WAITING: &str = "csi-wait";
 pub const RELEASING: &str = "csi-release";
-
-tokio::task_local! {
-    /// What the current operation waits for, for the answer to a caller who cannot wait any longer.
-    static STEP: Step;
-}
-
-/// The step that an operation is at.
-#[derive(Clone, Debug, Default)]
-pub struct Step(Arc<Mutex<At>>);
-
-#[derive(Clone, Debug)]
-enum At {
-    Named(String),
-    /// Where the work is that the operation waits for.
-    Behind(Step),
-}
-
-impl Default for At {
-    fn default() -> Self {
-        At::Named(String::new())
-    }
-}
-
-impl Step {
-    /// Runs an operation whose waits are to be seen in this step.
-    pub async fn observe<F: Future>(self, operation: F) -> F::Output {
-        STEP.scope(self, operation).await
-    }
-
-    pub fn current(&self) -> String {
-        let at = lock(&self.0).clone();
-        match at {
-            At::Named(step) => step,
-            At::Behind(other) => other.current(),
-        }
-    }
-}
-
-/// Names what the current operation waits for now.
-pub fn waiting_for(step: impl Into<String>) {
-    let step = step.into();
-    tracing::debug!(step, "waiting");
-    at(At::Named(step));
-}
-
-/// Says that the current operation waits for work that has steps of its own. That work must not wait for this operation.
-pub fn waiting_behind(other: &Step) {
-    at(At::Behind(other.clone()));
-}
-
-fn at(step: At) {
-    // Outside of an operation nobody asks.
-    let _ = STEP.try_with(|current| *lock(&current.0) = step);
-}
+/// How many threads let go of what nobody uses any more; one of them is always there.
+const RELEASES: usize = 128;
 
 /// Counts `work` under the name of its step.
 pub fn measured<T>(step: &'static str, work: impl FnOnce() -> kernel::Result<T>) -> kernel::Result<T> {
@@ -79,46 +30,6 @@ pub fn measured<T>(step: &'static str, work: impl FnOnce() -> kernel::Result<T>)
     let outcome = work();
     timer.end(outcome.as_ref().err().map(|error| metrics::errno_name(error.errno().raw_os_error())));
     outcome
-}
-
-/// The threads that may wait for one NFS server: a dead one takes no more than these.
-#[derive(Clone, Debug)]
-pub struct Places {
-    server: Arc<str>,
-    free: Arc<Semaphore>,
-}
-
-impl Places {
-    pub fn new(server: IpAddr) -> Self {
-        Places { server: server.to_string().into(), free: Arc::new(Semaphore::new(PLACES)) }
-    }
-
-    /// Whether anybody else has these places: a mount of the server, or a thread at one of them.
-    pub fn are_used(&self) -> bool {
-        Arc::strong_count(&self.free) > 1
-    }
-
-    /// [`run`], once there is a place; it is taken until `work` ends, whoever still waits for it.
-    pub async fn run<T, E>(&self, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
-    where
-        T: Send + 'static,
-        E: Into<Error> + Send + 'static,
-    {
-        let step = step.into();
-        let place = match Arc::clone(&self.free).try_acquire_owned() {
-            Ok(place) => Ok(place),
-            Err(_) => {
-                waiting_for(format!("{step} (after {PLACES} others that wait for this server)"));
-                Arc::clone(&self.free).acquire_owned().await
-            }
-        };
-        let waiting = Waiting::new(Arc::clone(&self.server));
-        wait(WAITING, step, move || {
-            let _counted = (waiting, place);
-            work()
-        })
-        .await
-    }
 }
 
 /// What a thread of its own does, and how it may fail.
@@ -132,24 +43,32 @@ where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
-    let waiting = Waiting::new("".into());
-    wait(WAITING, step.into(), move || {
-        let _counted = waiting;
-        work()
-    })
-    .await
+    run_for("", step.into(), work).await
 }
 
-/// [`Places::run`] for `work` that asks a server, else [`run`].
-pub async fn run_at<T, E>(places: Option<Places>, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+/// [`run`] for `work` that may wait for `servers`, which has a place for it.
+pub async fn run_for<T, E>(servers: &str, step: String, work: impl Work<T, E>) -> Result<T>
 where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
-    match places {
-        Some(places) => places.run(step, work).await,
-        None => run(step, work).await,
-    }
+    let (waiting, span) = (Waiting::new(servers.into()), tracing::Span::current());
+    let (namespace, since) = (step::namespace(), Instant::now());
+    let under_way = UnderWay { servers: servers.to_owned(), step: step.clone(), namespace, since };
+    answered(
+        step,
+        |work| {
+            let thread = thread::Builder::new().name(WAITING.into()).stack_size(256 * 1024);
+            let work = move || {
+                let _counted = (waiting, Listed::new(under_way));
+                // What the thread logs belongs to the call that started it.
+                span.in_scope(work);
+            };
+            thread.spawn(work).map(drop)
+        },
+        work,
+    )
+    .await
 }
 
 /// [`run`] for `work` that lets go of something, for which nobody may wait long: the kernel may still have to tell a server.
@@ -158,25 +77,33 @@ where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
-    let releasing = Releasing::new();
-    wait(RELEASING, step.into(), move || {
-        let _counted = releasing;
-        work()
-    })
+    let span = tracing::Span::current();
+    answered(
+        step.into(),
+        |work| {
+            RELEASES_TO_DO.add(move || span.in_scope(work));
+            Ok(())
+        },
+        work,
+    )
     .await
 }
 
-async fn wait<T, E>(thread: &str, step: String, work: impl Work<T, E>) -> Result<T>
+async fn answered<T, E>(
+    step: String,
+    start: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<()>,
+    work: impl Work<T, E>,
+) -> Result<T>
 where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
     let (sender, receiver) = oneshot::channel();
-    waiting_for(&step);
-    start(thread, move || {
+    step::waiting_for(&step);
+    start(Box::new(move || {
         // The caller may have stopped waiting.
         let _ = sender.send(work());
-    })
+    }))
     .map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))?;
     match receiver.await {
         Ok(done) => done.map_err(Into::into),
@@ -184,11 +111,112 @@ where
     }
 }
 
-/// What the thread logs belongs to the call that started it.
-fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let span = tracing::Span::current();
-    let thread = thread::Builder::new().name(name.into()).stack_size(256 * 1024);
-    thread.spawn(move || span.in_scope(work)).map(drop)
+/// What a thread waits for.
+#[derive(Clone, Debug)]
+pub struct UnderWay {
+    /// The addresses of the servers that it may wait for; empty for none.
+    pub servers: String,
+    pub step: String,
+    /// Of the pod that it is done for, where that is known.
+    pub namespace: Option<Arc<str>>,
+    pub since: Instant,
+}
+
+/// What the threads of this process wait for now, the oldest first.
+pub fn under_way() -> Vec<UnderWay> {
+    lock(&UNDER_WAY).values().cloned().collect()
+}
+
+static UNDER_WAY: Mutex<BTreeMap<u64, UnderWay>> = Mutex::new(BTreeMap::new());
+
+/// A thread, while it lives.
+struct Listed(u64);
+
+impl Listed {
+    fn new(under_way: UnderWay) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        lock(&UNDER_WAY).insert(number, under_way);
+        Listed(number)
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        lock(&UNDER_WAY).remove(&self.0);
+    }
+}
+
+/// Releases to be made: at most [`RELEASES`] at a time, and also where no thread can be started.
+struct Releases {
+    queue: Mutex<Queue>,
+    added: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Box<dyn FnOnce() + Send>>,
+    threads: usize,
+}
+
+static RELEASES_TO_DO: LazyLock<Releases> = LazyLock::new(|| {
+    let thread = releasing_thread().spawn(|| RELEASES_TO_DO.work(true));
+    thread.expect("a process that cannot start its first threads serves nobody");
+    Releases { queue: Mutex::new(Queue { threads: 1, ..Queue::default() }), added: Condvar::new() }
+});
+
+fn releasing_thread() -> thread::Builder {
+    thread::Builder::new().name(RELEASING.into()).stack_size(256 * 1024)
+}
+
+fn name_this_thread(name: &str) {
+    // Of no use but to those who look.
+    let _ = CString::new(name).map(|name| rustix::thread::set_name(&name));
+}
+
+impl Releases {
+    fn add(&'static self, release: impl FnOnce() + Send + 'static) {
+        let releasing = Releasing::new();
+        let mut queue = lock(&self.queue);
+        queue.jobs.push_back(Box::new(move || {
+            let _counted = releasing;
+            release();
+        }));
+        // The one that is always there gets what no other takes.
+        if queue.threads < RELEASES && releasing_thread().spawn(|| self.work(false)).is_ok() {
+            queue.threads += 1;
+        }
+        drop(queue);
+        self.added.notify_one();
+    }
+
+    fn work(&self, for_ever: bool) {
+        let mut queue = lock(&self.queue);
+        loop {
+            match queue.jobs.pop_front() {
+                Some(job) => {
+                    drop(queue);
+                    // One that panics has said so.
+                    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+                    queue = lock(&self.queue);
+                }
+                None if for_ever => {
+                    name_this_thread("csi-idle");
+                    queue = self.added.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                    name_this_thread(RELEASING);
+                }
+                None => {
+                    queue.threads -= 1;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Starts the thread that is always there for releases: call it while threads can be started.
+pub fn start_releasing() {
+    LazyLock::force(&RELEASES_TO_DO);
 }
 
 /// A kernel object whose release may wait for a server: it is never dropped on the thread that answers calls.
@@ -213,12 +241,7 @@ impl<T: Send + 'static> Drop for OffThread<T> {
     fn drop(&mut self) {
         let object = self.0.take();
         if tokio::runtime::Handle::try_current().is_ok() {
-            let releasing = Releasing::new();
-            // Where no thread can be started the object is released here: late answers beat none at all.
-            let _ = start(RELEASING, move || {
-                let _counted = releasing;
-                drop(object);
-            });
+            RELEASES_TO_DO.add(move || drop(object));
         }
     }
 }

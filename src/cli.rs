@@ -198,9 +198,12 @@ pub struct Serve {
     /// The Unix socket to serve
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
     pub endpoint: Endpoint,
-    /// Where to serve /healthz, /readyz and /metrics, such as 0.0.0.0:29661 [default: nowhere]
-    #[arg(long, env = "HTTP_ADDRESS", value_name = "ADDRESS:PORT")]
-    pub http_address: Option<SocketAddr>,
+    /// Where to serve /healthz and /readyz, such as 127.0.0.1:29660 [default: nowhere]
+    #[arg(long, env = "HEALTH_ADDRESS", value_name = "ADDRESS:PORT")]
+    pub health_address: Option<SocketAddr>,
+    /// Where to serve /metrics, such as 127.0.0.1:29661 [default: nowhere]
+    #[arg(long, env = "METRICS_ADDRESS", value_name = "ADDRESS:PORT")]
+    pub metrics_address: Option<SocketAddr>,
 }
 
 /// The rules of the CSI spec for a plugin's name (GetPluginInfo): a domain name of at most 63 characters.

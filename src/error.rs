@@ -107,6 +107,7 @@ fn class(subject: Subject, errno: Errno) -> Kind {
         | Errno::OPNOTSUPP
         | Errno::NAMETOOLONG
         | Errno::MEDIUMTYPE
+        | Errno::NOTUNIQ
         | Errno::NODATA => Kind::FailedPrecondition,
         errno => match (subject, errno) {
             (Subject::Server | Subject::Image, Errno::NOENT) => Kind::NotFound,
@@ -114,6 +115,8 @@ fn class(subject: Subject, errno: Errno) -> Kind {
                 Kind::PermissionDenied
             }
             (Subject::Server | Subject::Image, Errno::ISDIR | Errno::NOTDIR) => Kind::FailedPrecondition,
+            // Another mount has it in a way that this one cannot.
+            (Subject::Server, Errno::BUSY) => Kind::FailedPrecondition,
             // Layers that lie in each other cannot be stacked.
             (Subject::Node, Errno::LOOP) => Kind::FailedPrecondition,
             (Subject::Node | Subject::Server | Subject::Image, _) => Kind::Internal,

@@ -9,8 +9,8 @@
 //! csi, ops -> kubernetes -> spec
 //! ```
 //!
-//! `spec` and `kernel` know nobody. `error`, `blocking`, `single_flight`, `lock` and `metrics` lie below them all: there an operation
-//! fails, waits for a thread, is done once for several callers, or is counted.
+//! `spec` and `kernel` know nobody. `error`, `step`, `blocking`, `places`, `single_flight`, `lock` and `metrics` lie below them all: there an
+//! operation fails, waits, has its turn, is done once for several callers, or is counted.
 //!
 //! | a line about | goes to |
 //! | --- | --- |
@@ -20,7 +20,7 @@
 //! | what is written down | `volume::record` |
 //! | asking servers, attaching images, making a mount of it all | `volume::source` |
 //! | looking at what is there: usage, condition, status | `volume::report` |
-//! | a class of errors, a thread that waits, work that is done once for several | `error.rs`, `blocking.rs`, `single_flight.rs` |
+//! | a class of errors, a thread that waits, how many may, work that is done once for several | `error.rs`, `blocking.rs`, `places.rs`, `single_flight.rs` |
 //! | a field of a CSI message, a gRPC code | [`csi`] |
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |
 //! | what an operator sees: health, metrics, the doctor | [`ops`] |
@@ -36,7 +36,9 @@ pub mod kubernetes;
 mod lock;
 mod metrics;
 pub mod ops;
+mod places;
 mod single_flight;
 mod socket;
 pub mod spec;
+mod step;
 pub mod volume;

@@ -16,10 +16,10 @@ use csi_driver_squashfs::kernel::Linux;
 use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
 use csi_driver_squashfs::kubernetes::registration::{self, Registered};
 use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
-use csi_driver_squashfs::ops::{self, Watched};
+use csi_driver_squashfs::ops::{self, Served, Watched};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
-use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status};
+use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status, waiting};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -72,7 +72,7 @@ async fn run(cli: Cli) -> Outcome {
 
 async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     let NodeArguments { serve, node_id, controller, plugin_registry, mounting, policy } = arguments;
-    let Serve { endpoint, http_address } = serve;
+    let Serve { endpoint, health_address, metrics_address } = serve;
     let policy = Arc::new(read_policy(&policy)?);
     let identity = Identity { driver_name: driver_name.to_owned(), controller, node: true };
     let controller = controller.then(|| Controller::new(Arc::clone(&policy), driver_name));
@@ -80,13 +80,14 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     for missing in volume::missing().await? {
         tracing::warn!("this node lacks: {missing}");
     }
+    let data_dir = mounting.data_dir.path(driver_name);
     let volumes = volumes(driver_name, mounting, policy)?;
     volumes.sweep();
     let node = Node { node_id, volumes: Arc::clone(&volumes) };
     let stop = stop()?;
     let registered = watch::Sender::new(Registered::NotYet);
     let known = plugin_registry.is_some().then(|| registered.subscribe());
-    let watched = Watched::new(endpoint.path().to_owned(), Some(volumes), known);
+    let watched = Arc::new(Watched::new(endpoint.path().to_owned(), Some(volumes), known));
     let register = async {
         match &plugin_registry {
             Some(registry) => {
@@ -98,7 +99,9 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     tokio::try_join!(
         csi::serve(&endpoint, identity, controller, Some(node), stopped(&stop)),
         register,
-        watch_over(http_address, watched, stopped(&stop)),
+        tell_status(&data_dir, &stop),
+        serve_http(health_address, Served::Health, &watched, &stop),
+        serve_http(metrics_address, Served::Metrics, &watched, &stop),
     )?;
     Ok(())
 }
@@ -107,21 +110,32 @@ async fn controller(driver_name: &str, arguments: Serve, policy: &PolicyFile) ->
     let controller = Controller::new(Arc::new(read_policy(policy)?), driver_name);
     let identity = Identity { driver_name: driver_name.to_owned(), controller: true, node: false };
     let stop = stop()?;
-    let watched = Watched::new(arguments.endpoint.path().to_owned(), None, None);
+    let Serve { endpoint, health_address, metrics_address } = arguments;
+    let watched = Arc::new(Watched::new(endpoint.path().to_owned(), None, None));
     tokio::try_join!(
-        csi::serve(&arguments.endpoint, identity, Some(controller), None, stopped(&stop)),
-        watch_over(arguments.http_address, watched, stopped(&stop)),
+        csi::serve(&endpoint, identity, Some(controller), None, stopped(&stop)),
+        serve_http(health_address, Served::Health, &watched, &stop),
+        serve_http(metrics_address, Served::Metrics, &watched, &stop),
     )?;
     Ok(())
 }
 
-async fn watch_over(
+/// What it is for, the driver can do without.
+async fn tell_status(data_dir: &Path, stop: &watch::Receiver<bool>) -> io::Result<()> {
+    if let Err(error) = waiting::serve(data_dir, stopped(stop)).await {
+        tracing::error!("'status' will not know what threads wait for: {error}");
+    }
+    Ok(())
+}
+
+async fn serve_http(
     address: Option<SocketAddr>,
-    watched: Watched,
-    stop: impl Future<Output = ()> + Send + 'static,
+    served: Served,
+    watched: &Arc<Watched>,
+    stop: &watch::Receiver<bool>,
 ) -> io::Result<()> {
     match address {
-        Some(address) => ops::serve(address, watched, stop).await,
+        Some(address) => ops::serve(address, served, Arc::clone(watched), stopped(stop)).await,
         None => Ok(()),
     }
 }
@@ -137,7 +151,7 @@ async fn mount(
     let (spec, policy) = read_spec(spec, policy)?;
     let target = std::path::absolute(target)?;
     let volumes = volumes(driver_name, mounting, Arc::new(policy))?;
-    let mount = volumes.allow(spec)?;
+    let mount = volumes.allow(spec, None)?;
     let mounted = volumes.publish(Publication::by_hand(target, mount, read_only), false).await;
     volumes.finish_deletions();
     Ok(mounted?)
@@ -153,7 +167,7 @@ async fn unmount(driver_name: &str, target: &Path, mounting: Mounting) -> Outcom
 
 fn plan(spec: &Path, policy: &PolicyFile) -> Outcome {
     let (spec, policy) = read_spec(spec, policy)?;
-    for (step, line) in spec::plan::plan(&*spec.allowed_by(&policy)?).iter().enumerate() {
+    for (step, line) in spec::plan::plan(&*spec.allowed_by(&policy, None)?).iter().enumerate() {
         println!("{}. {line}", step + 1);
     }
     Ok(())

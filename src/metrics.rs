@@ -148,7 +148,11 @@ pub fn registry() -> Registry {
     for (server, count) in waiting().iter() {
         threads.get_or_create(&[("server", server.to_string())]).set(*count);
     }
-    registry.register("waiting_threads", "Threads that wait for the kernel, by the server that it asks", threads);
+    registry.register(
+        "waiting_threads",
+        "Threads that wait for the kernel, by the servers that it asks, a space between them",
+        threads,
+    );
     let releasing = metrics.releasing.clone();
     registry.register("unfinished_releases", "What the kernel still lets go of after a teardown", releasing);
     registry

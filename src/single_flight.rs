@@ -1,15 +1,16 @@
-//! Work that several callers want at once: it is done once, and to its end, whoever of them goes away meanwhile.
+//! Work that several callers want at once: it is done once, and to its end, whoever of them goes away meanwhile, unless it is given up.
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tracing::Instrument;
 
-use crate::blocking::{Step, waiting_behind};
 use crate::error::{Error, Kind, Result};
 use crate::lock::lock;
+use crate::step::{Step, waiting_behind};
 
 /// What is under way, by key. `N` is a note that each flight carries.
 pub struct Flights<K, N, V>(Arc<Mutex<HashMap<K, Flight<N, V>>>>);
@@ -20,11 +21,13 @@ pub struct Flight<N, V> {
     /// Where the work is.
     pub step: Step,
     outcome: Arc<watch::Sender<Option<Result<V>>>>,
+    task: Arc<OnceLock<AbortHandle>>,
 }
 
 impl<N: Clone, V> Clone for Flight<N, V> {
     fn clone(&self) -> Self {
-        Flight { note: self.note.clone(), step: self.step.clone(), outcome: Arc::clone(&self.outcome) }
+        let (outcome, task) = (Arc::clone(&self.outcome), Arc::clone(&self.task));
+        Flight { note: self.note.clone(), step: self.step.clone(), outcome, task }
     }
 }
 
@@ -39,8 +42,16 @@ impl<N, V: Clone> Flight<N, V> {
 }
 
 impl<N, V> Flight<N, V> {
-    /// Answers all who wait. Only the first answer counts: the work of a flight that was answered goes on, and nobody hears of it.
-    pub fn answer(&self, answer: Result<V>) {
+    /// Answers all who wait, and ends the work: what it waits for on a thread goes on there, what it waits for without one is given up.
+    pub fn give_up(&self, answer: Result<V>) {
+        self.answer(answer);
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+    }
+
+    /// Only the first answer counts.
+    fn answer(&self, answer: Result<V>) {
         self.outcome.send_if_modified(|outcome| {
             let first = outcome.is_none();
             if first {
@@ -67,8 +78,8 @@ where
         lock(&self.0).get(key).cloned()
     }
 
-    /// The flight of this key, or a new one with the note and the work that `start` returns, which must be quick.
-    pub fn join_or_start<F>(&self, key: &K, start: impl FnOnce() -> Option<(N, F)>) -> Option<Flight<N, V>>
+    /// The flight of this key, or a new one at `step` with the note and the work that `start` returns, which must be quick.
+    pub fn join_or_start<F>(&self, key: &K, step: Step, start: impl FnOnce() -> Option<(N, F)>) -> Option<Flight<N, V>>
     where
         F: Future<Output = Result<V>> + Send + 'static,
     {
@@ -77,12 +88,14 @@ where
             return Some(flight.clone());
         }
         let (note, work) = start()?;
-        let flight = Flight { note, step: Step::default(), outcome: Arc::new(watch::Sender::new(None)) };
+        let (outcome, task) = (Arc::new(watch::Sender::new(None)), Arc::default());
+        let flight = Flight { note, step, outcome, task };
         flights.insert(key.clone(), flight.clone());
         let work = flight.step.clone().observe(work);
         let end = End { flights: Arc::clone(&self.0), key: key.clone(), flight: flight.clone() };
         // What the work logs belongs to the call that started it.
-        tokio::spawn(async move { end.with(work.await) }.in_current_span());
+        let task = tokio::spawn(async move { end.with(work.await) }.in_current_span());
+        let _ = flight.task.set(task.abort_handle());
         Some(flight)
     }
 
@@ -97,12 +110,12 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// The outcome of the work that is under way with this key, or else of `work`.
+    /// The outcome of the work that is under way with this key, or else of `work`, which is done for all who join and no namespace.
     pub async fn run<F>(&self, key: &K, work: impl FnOnce() -> F) -> Result<V>
     where
         F: Future<Output = Result<V>> + Send + 'static,
     {
-        let flight = self.join_or_start(key, || Some(((), work()))).expect("there is work to start");
+        let flight = self.join_or_start(key, Step::default(), || Some(((), work()))).expect("there is work to start");
         waiting_behind(&flight.step);
         flight.outcome().await
     }
@@ -186,7 +199,7 @@ mod tests {
         let mine = Step::default();
         let wait = mine.clone().observe(async move {
             let stuck = || async {
-                crate::blocking::waiting_for("the server");
+                crate::step::waiting_for("the server");
                 std::future::pending().await
             };
             tokio::time::timeout(Duration::from_millis(10), flights.run(&"key", stuck)).await

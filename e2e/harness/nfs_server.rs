@@ -42,7 +42,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.sendall(bytes([128, 0, 0, 24]) + call[4:8] + bytes([0, 0, 0, 1]) + bytes(16))
         while self.request.recv(4096):
             pass
-server = socketserver.ThreadingTCPServer(('127.0.0.1', 0), Handler)
+socketserver.ThreadingTCPServer.request_queue_size = 1024
+server = socketserver.ThreadingTCPServer(('', 0), Handler)
 print(server.server_address[1], flush=True)
 server.serve_forever()
 ";
@@ -54,8 +55,12 @@ server.serve_forever()
 
     /// The spec of one of its exports.
     pub fn export(&self, path: &str) -> Value {
-        json!({"kind": "nfs", "nfs": {"host": "127.0.0.1", "path": path, "ro": true,
-            "options": [format!("port={}", self.port)]}})
+        self.export_at("127.0.0.1", path)
+    }
+
+    /// The same at another of its addresses, which are all of 127.0.0.0/8.
+    pub fn export_at(&self, host: &str, path: &str) -> Value {
+        json!({"kind": "nfs", "nfs": {"host": host, "path": path, "ro": true, "options": [format!("port={}", self.port)]}})
     }
 }
 

@@ -182,6 +182,8 @@ struct Publication {
 struct Model {
     /// What staged volumes hold, by ID; gone with the process.
     staged: BTreeMap<&'static str, usize>,
+    /// What is written down of them; outlives the process.
+    staged_before: BTreeMap<&'static str, usize>,
     /// What published paths hold, by pod; gone with the process.
     held: BTreeMap<usize, usize>,
     /// What is mounted, by pod; outlives the process.
@@ -197,6 +199,7 @@ impl Model {
             Step::Stage { volume } => {
                 self.check_staged(volume)?;
                 self.staged.insert(VOLUMES[volume].id, volume);
+                self.staged_before.insert(VOLUMES[volume].id, volume);
                 Ok(())
             }
             Step::Publish { volume, read_only, pod } => self.publish(Publication { volume, read_only }, pod),
@@ -211,6 +214,7 @@ impl Model {
             }
             Step::Unstage { volume } => {
                 self.staged.remove(VOLUMES[volume].id);
+                self.staged_before.remove(VOLUMES[volume].id);
                 Ok(())
             }
             Step::Stats { volume, pod } => match self.records.get(&pod) {
@@ -227,7 +231,10 @@ impl Model {
                 Ok(())
             }
             Step::Reboot { gone } => {
-                *self = Model { records: std::mem::take(&mut self.records), ..Model::default() };
+                let (records, staged_before) =
+                    (std::mem::take(&mut self.records), std::mem::take(&mut self.staged_before));
+                // It is still the same boot.
+                *self = Model { records, staged_before, ..Model::default() };
                 self.records.retain(|pod, _| !gone[*pod]);
                 Ok(())
             }
@@ -249,6 +256,9 @@ impl Model {
         let Definition { id, mode, inline, .. } = VOLUMES[publication.volume];
         if !inline {
             self.check_staged(publication.volume)?;
+            if self.staged_before.get(id) == Some(&publication.volume) {
+                self.staged.insert(id, publication.volume);
+            }
         }
         let mut elsewhere = self.mounts.iter().filter(|(other, _)| **other != pod);
         if mode == Mode::SingleNodeSingleWriter && elsewhere.any(|(_, mounted)| VOLUMES[mounted.volume].id == id) {

@@ -68,12 +68,12 @@ fn an_image_is_published_written_over_and_gone() {
 
 #[test]
 #[ignore = "needs root: make test-host"]
-fn a_crowd_on_one_image_gets_one_loop_device_and_sixty_four_images_get_sixty_four() {
+fn a_crowd_on_one_image_gets_one_loop_device_and_two_hundred_images_get_two_hundred() {
     let images = Images::new();
     let driver = images.driver();
-    for count in [1, 64] {
+    for count in [1, 64, 200] {
         let volumes: Vec<_> =
-            (0..128).map(|n| images.volume(&format!("v{n}"), &format!("image{}", n % count))).collect();
+            (0..200).map(|n| images.volume(&format!("v{n}"), &format!("image{}", n % count))).collect();
         let publish = volumes.iter().enumerate().map(|(n, volume)| {
             let request = driver.publish_request(volume, &driver.target(&format!("pod-{n}")));
             let mut node = driver.node();
@@ -92,7 +92,7 @@ fn a_crowd_on_one_image_gets_one_loop_device_and_sixty_four_images_get_sixty_fou
             answer.unwrap();
         }
         assert_eq!(driver.loop_devices().len(), count);
-        assert_eq!(driver.mounts().len(), 128);
+        assert_eq!(driver.mounts().len(), 200);
         for (n, volume) in volumes.iter().enumerate() {
             let target = driver.target(&format!("pod-{n}"));
             assert_eq!(fs::read_to_string(target.join("file")).unwrap(), format!("image{}", n % count));

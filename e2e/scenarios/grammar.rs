@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::harness::image::Tree;
-use super::harness::{Driver, Volume, kernel, run};
+use super::harness::{Driver, Volume, kernel, run, wait_for};
 use super::{attach, nfs, server, server6, squashfs};
 
 fn read(target: &Path, file: &str) -> String {
@@ -154,8 +154,11 @@ fn an_image_and_a_directory_of_the_node_are_mounted_where_the_admin_allows_them(
         "kind": "local", "local": {"path": device.trim()}
     }}});
     let driver = Driver::with_policy("hostPaths: [/srv]\nlocalDevices: true");
+    let error = driver.mount(&Volume::spec("v", &bind), "pod").unwrap_err();
+    assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
+    driver.unmount(&Volume::spec("v", &bind), "pod");
     for (spec, content) in [(&image, "local"), (&bind, "bound"), (&local, "local")] {
-        let volume = Volume::spec("v", spec);
+        let volume = Volume { read_only: true, ..Volume::spec("v", spec) };
         let target = driver.mount(&volume, "pod").unwrap();
         assert_eq!(read(&target, "file"), content);
         assert_eq!(fs::write(target.join("file"), "").unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
@@ -297,4 +300,47 @@ fn stats_tell_the_use_of_the_image_or_of_the_scratch_layer() {
     driver.unmount(&overlay, "overlay");
     driver.unmount(&image, "image");
     driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_writable_layer_on_the_disk_holds_what_its_size_says_and_tells_it() {
+    Tree::new(&[("file", "content")]).squashfs("/images/sized.sqsh");
+    let mut driver = Driver::start();
+    let volume = Volume::flat(
+        "v",
+        &[
+            ("server", &server()),
+            ("share", "/images"),
+            ("image", "sized.sqsh"),
+            ("overlay", "directory"),
+            ("overlaySize", "64Mi"),
+        ],
+    )
+    .writable();
+    let target = driver.mount(&volume, "pod").unwrap();
+    fs::write(target.join("mine"), "written").unwrap();
+    let fill = || fs::write(target.join("large"), vec![1; 100 << 20]).unwrap_err().kind();
+    assert_eq!(fill(), std::io::ErrorKind::StorageFull);
+    // An inode for each 16 KiB, and a group of them at least.
+    let mut files = 0;
+    fs::remove_file(target.join("large")).unwrap();
+    while fs::write(target.join(format!("file-{files}")), "").is_ok() {
+        files += 1;
+        assert!(files < 20_000, "files have no end");
+    }
+    let usage = driver.stats(&volume, "pod").unwrap().usage;
+    let (bytes, inodes) = (&usage[0], &usage[1]);
+    assert!((40 << 20..=64 << 20).contains(&bytes.total), "{usage:?}");
+    assert!(inodes.total == 8192 && inodes.available == 0 && inodes.used == inodes.total, "{usage:?}");
+    // The node starts again; the kernel tries an overlay with a few files of its own.
+    (0..10).for_each(|file| fs::remove_file(target.join(format!("file-{file}"))).unwrap());
+    driver.kill();
+    run("umount", &[target.to_str().unwrap()]);
+    driver.launch();
+    driver.publish(&volume, "pod").unwrap();
+    assert_eq!(read(&target, "mine"), "written");
+    driver.unmount(&volume, "pod");
+    driver.assert_nothing_left();
+    wait_for("the layer's loop device to go", || !run("losetup", &["--list"]).contains("layer"));
 }

@@ -11,6 +11,7 @@ mod killed;
 mod operations;
 mod outage;
 mod story;
+mod strangers;
 
 /// The NFS server's IPv4 address.
 fn server() -> String {

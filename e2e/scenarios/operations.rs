@@ -5,7 +5,9 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use csi_driver_squashfs::csi::v1::NodeGetInfoRequest;
 use csi_driver_squashfs::csi::v1::node_client::NodeClient;
@@ -20,19 +22,26 @@ use super::harness::kernel::rpcs;
 use super::harness::nfs_server::{Link, StuckServer, fresh_caches};
 use super::harness::node::{in_time, start_with};
 use super::harness::{Driver, Volume, binary, run, wait_for};
-use super::{seed, server};
+use super::{seed, server, squashfs};
 
-const HTTP: &str = "127.0.0.1:29661";
+const HEALTH: &str = "127.0.0.1:29660";
+const METRICS: &str = "127.0.0.1:29661";
 
 /// The status and the body of a GET.
 fn get(path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(HTTP).unwrap();
+    let mut stream = TcpStream::connect(if path == "/metrics" { METRICS } else { HEALTH }).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// A driver that serves both.
+fn start_served(more: &[&str]) -> Driver {
+    let (health, metrics) = (format!("--health-address={HEALTH}"), format!("--metrics-address={METRICS}"));
+    start_with(&[&[health.as_str(), metrics.as_str()], more].concat(), None)
 }
 
 /// The value of one metric; 0 where it is not there.
@@ -80,7 +89,7 @@ fn the_kubelet_registers_the_driver_and_registers_it_again() {
     let kubelet = Kubelet { registry: "/var/lib/kubelet/plugins_registry".into() };
     fs::create_dir_all(&kubelet.registry).unwrap();
     let registry = format!("--plugin-registry={}", kubelet.registry.display());
-    let mut driver = start_with(&[&registry, &format!("--http-address={HTTP}")], None);
+    let mut driver = start_served(&[&registry]);
 
     assert_eq!(get("/healthz").0, 200);
     assert_eq!(get("/readyz"), (503, "the kubelet has not registered the driver yet\n".into()));
@@ -111,7 +120,7 @@ fn the_kubelet_registers_the_driver_and_registers_it_again() {
 #[ignore = "needs the VM: make test-vm"]
 fn the_metrics_say_what_the_node_has_and_what_it_did() {
     Tree::new(&[("file", "metrics")]).squashfs("/images/metrics.sqsh");
-    let driver = start_with(&[&format!("--http-address={HTTP}")], None);
+    let driver = start_served(&[]);
     let volume = Volume::spec("v", &seed("/metrics.sqsh")).writable();
     let other = Volume::spec("absent", &seed("/absent.sqsh"));
     let target = driver.mount(&volume, "one").unwrap();
@@ -159,7 +168,7 @@ fn the_metrics_say_what_the_node_has_and_what_it_did() {
 #[ignore = "needs the VM: make test-vm"]
 fn threads_that_a_stuck_server_holds_are_bounded_and_seen() {
     let server = StuckServer::start();
-    let mut driver = start_with(&["--timeout=5", &format!("--http-address={HTTP}")], None);
+    let mut driver = start_served(&["--timeout=5"]);
     assert_eq!(driver.status()["threads"], json!([]));
     let calls: Vec<_> = (0..24)
         .map(|number| {
@@ -186,10 +195,10 @@ fn threads_that_a_stuck_server_holds_are_bounded_and_seen() {
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn clients_that_say_nothing_keep_nobody_from_asking() {
-    let driver = start_with(&[&format!("--http-address={HTTP}")], None);
+    let driver = start_served(&[]);
     let files = || fs::read_dir(format!("/proc/{}/fd", driver.pid())).unwrap().count();
     let before = files();
-    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(HTTP).unwrap()).collect();
+    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(METRICS).unwrap()).collect();
     wait_for("connections", || files() >= before + 64);
     std::thread::sleep(Duration::from_millis(500));
     assert!(files() < before + 80, "{} files more", files() - before);
@@ -201,9 +210,86 @@ fn clients_that_say_nothing_keep_nobody_from_asking() {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn whoever_may_look_at_metrics_keeps_no_probe_of_the_kubelet_waiting() {
+    let driver = start_served(&[]);
+    let (stop, clients) = (Arc::new(AtomicBool::new(false)), 300);
+    let connect = || {
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // One that says nothing, until it is hung up on.
+                if let Ok(mut stream) = TcpStream::connect(METRICS) {
+                    let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+                    let _ = stream.read(&mut [0]);
+                }
+            }
+        })
+    };
+    let clients: Vec<_> = (0..clients).map(|_| connect()).collect();
+    let seconds = if std::env::var_os("SOAK").is_some() { 90 } else { 20 };
+    let mut late = 0;
+    for _ in 0..seconds {
+        let start = Instant::now();
+        assert_eq!((get("/healthz").0, get("/readyz").0), (200, 200));
+        // The kubelet's patience, by the chart.
+        late += usize::from(start.elapsed() > Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.join().unwrap();
+    }
+    assert_eq!(late, 0, "of {seconds} probes");
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn forty_stuck_servers_leave_threads_for_a_good_one_and_status_says_who_has_them() {
+    Tree::new(&[("file", "good")]).squashfs("/images/good.sqsh");
+    let server = StuckServer::start();
+    let mut driver = start_served(&["--timeout=20"]);
+    // The kernel introduces itself to one NFS 4 server at a time, so that it knows the good one before.
+    driver.stage(&Volume::spec("known", &seed("/good.sqsh")).writable()).unwrap();
+    let calls: Vec<_> = (0..240)
+        .map(|number| {
+            let stuck = server.export_at(&format!("127.0.0.{}", 2 + number / 6), &format!("/{number}"));
+            let layers = json!({"kind": "overlay", "overlay": {"lower": [squashfs("/good.sqsh"), stuck]}});
+            let volume = match number % 2 {
+                0 => Volume::spec(&format!("v{number}"), &stuck),
+                _ => Volume::spec(&format!("v{number}"), &layers).writable(),
+            };
+            let (mut node, request) = (driver.node(), driver.stage_request(&volume));
+            driver.spawn(async move { node.node_stage_volume(request).await })
+        })
+        .collect();
+    let held = |address: &str| {
+        let waiting = driver.status()["waiting"].as_array().unwrap().clone();
+        waiting.iter().filter(|waiting| waiting["servers"] == address).count()
+    };
+    let stuck: Vec<_> = (2..42).map(|number| format!("127.0.0.{number}")).collect();
+    wait_for("a thread for each of them", || stuck.iter().all(|address| held(address) > 0));
+    let good = Volume::spec("good", &seed("/good.sqsh")).writable();
+    let target = in_time("mount", || driver.mount(&good, "pod")).unwrap();
+    assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "good");
+    let threads = driver.status()["threads"].as_array().unwrap().len();
+    assert!((40..=128).contains(&threads), "{threads} threads");
+    assert!(stuck.iter().all(|address| held(address) <= 16));
+    for call in calls {
+        let error = driver.block_on(call).unwrap().unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+    }
+    in_time("unmount", || driver.unmount(&good, "pod"));
+    driver.kill();
+    drop(server);
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn a_link_cut_in_the_middle_of_any_call_delays_it_and_nothing_else() {
     Tree::new(&[("file", "middle")]).squashfs("/images/middle.sqsh");
-    let driver = start_with(&["--timeout=8", &format!("--http-address={HTTP}")], None);
+    let driver = start_served(&["--timeout=8"]);
     let volume = Volume::spec("v", &seed("/middle.sqsh")).writable();
     let inline = Volume::spec("inline", &seed("/middle.sqsh")).inline();
     // Every round trip takes 0.2 s, so that the cut meets another step each time.
@@ -267,6 +353,7 @@ fn the_doctor_finds_a_well_node_well_and_says_what_is_wrong_with_another() {
         let output = Command::new(binary()).arg("doctor").args(arguments).output().unwrap();
         (output.status.success(), String::from_utf8(output.stdout).unwrap())
     };
+    fs::create_dir_all("/var/lib/kubelet/pods").unwrap();
     let (well, text) = doctor(&[&server(), "nowhere.test"]);
     assert!(well, "{text}");
     assert!(!text.contains("FAIL"), "{text}");
@@ -274,8 +361,9 @@ fn the_doctor_finds_a_well_node_well_and_says_what_is_wrong_with_another() {
     assert!(text.contains("warn server nowhere.test: resolve nowhere.test"), "{text}");
     run("mount", &["-t", "tmpfs", "private", "/mnt"]);
     run("mount", &["--make-private", "/mnt"]);
+    fs::create_dir("/mnt/pods").unwrap();
     let (well, text) = doctor(&["--kubelet-dir=/mnt"]);
     run("umount", &["/mnt"]);
     assert!(!well);
-    assert!(text.contains("FAIL kubelet directory: /mnt is below the mount /mnt, which is not shared"), "{text}");
+    assert!(text.contains("FAIL kubelet directory: /mnt/pods is below the mount /mnt, which is not shared"), "{text}");
 }

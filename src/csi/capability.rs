@@ -14,18 +14,31 @@ const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
 
 /// Reads a volume's attributes and the mount options of its capability into a spec.
 pub fn spec_of(context: &HashMap<String, String>, capability: &VolumeCapability) -> Result<Parsed> {
-    let options = match &capability.access_type {
-        Some(AccessType::Mount(mount)) => mount.mount_flags.as_slice(),
+    let mount = match &capability.access_type {
+        Some(AccessType::Mount(mount)) => mount,
         Some(AccessType::Block(_)) => {
             return Err(invalid("volume_capability: block access is not supported: an image is a file system"));
         }
         None => return Err(invalid("volume_capability: an access type is required")),
     };
-    let parsed = parameters::parse_attributes(context, options)?;
+    let parsed = parameters::parse_attributes(context, &mount.mount_flags)?;
+    check_fs_type(parsed.mount(), &mount.fs_type)?;
     for warning in parsed.warnings() {
         tracing::warn!("{warning}");
     }
     Ok(parsed)
+}
+
+/// A PersistentVolume's `fsType`, or that of a StorageClass, may repeat what the attributes say, and not contradict it.
+fn check_fs_type(mount: &Mount, fs_type: &str) -> Result<()> {
+    let known = mount.fs_types();
+    if fs_type.is_empty() || known.iter().any(|known| known.as_str() == fs_type) {
+        return Ok(());
+    }
+    let known: Vec<_> = known.iter().map(|known| known.as_str()).collect();
+    let known = if known.is_empty() { "no image at all".to_owned() } else { known.join(", ") };
+    let message = "is not what the volume's attributes name: leave it out, or name the file system of the image there";
+    Err(invalid(&format!("volume_capability: fs_type {fs_type:?} {message} (they name {known})")))
 }
 
 /// A volume that takes no writes offers no mode that promises them, unless `any` mode will do: that of an inline volume, for all of
@@ -46,10 +59,10 @@ pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool
     )))
 }
 
-/// The pod that a volume is published for, as `namespace/name`, where the kubelet names it (podInfoOnMount).
-pub fn pod_of(context: &HashMap<String, String>) -> Option<String> {
-    let get = |key: &str| context.get(&format!("csi.storage.k8s.io/pod.{key}"));
-    Some(format!("{}/{}", get("namespace")?, get("name")?))
+/// The namespace and the name of the pod that a volume is published for, where the kubelet names it (podInfoOnMount).
+pub fn pod_of(context: &HashMap<String, String>) -> Option<(String, String)> {
+    let get = |key: &str| context.get(&format!("csi.storage.k8s.io/pod.{key}")).cloned();
+    Some((get("namespace")?, get("name")?))
 }
 
 pub fn is_ephemeral(context: &HashMap<String, String>) -> bool {

@@ -8,7 +8,7 @@ use tonic::{Request, Response};
 use super::capability::{check_access_mode, invalid, required_text, spec_of};
 use super::status::{Answer, answer};
 use super::v1::{
-    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
+    CapacityRange, ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
     CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse,
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume, VolumeCapability, controller_server,
     controller_service_capability, validate_volume_capabilities_response,
@@ -23,8 +23,15 @@ use crate::spec::template;
 pub struct Controller {
     policy: Arc<Policy>,
     claims: Claims,
-    /// The volumes that this process created, by ID: all that tells a repeated request from a conflicting one.
-    created: Mutex<HashMap<String, Volume>>,
+    /// What this process created, by ID: all that tells a repeated request from a conflicting one.
+    created: Mutex<HashMap<String, Created>>,
+}
+
+/// A volume, and what was asked for.
+struct Created {
+    parameters: HashMap<String, String>,
+    capacity: CapacityRange,
+    volume: Volume,
 }
 
 impl Controller {
@@ -54,7 +61,8 @@ impl Controller {
         if request.volume_content_source.is_some() {
             return Err(invalid("volume_content_source: a volume is a reference to an image and has no other source"));
         }
-        self.check(&context, &request.volume_capabilities)?;
+        let namespace = template::namespace(&request.parameters);
+        self.check(&context, &request.volume_capabilities, namespace)?;
         let range = request.capacity_range.unwrap_or_default();
         if range.required_bytes < 0 || range.limit_bytes < 0 {
             return Err(invalid("capacity_range: a size is not negative"));
@@ -67,24 +75,31 @@ impl Controller {
             Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context };
         let mut created = lock(&self.created);
         match created.get(name) {
-            Some(existing) if *existing != volume => Err(Error::new(
-                Kind::AlreadyExists,
-                format!("volume {name} exists with another size or other parameters"),
-            )),
+            Some(existing) if existing.parameters != request.parameters || existing.capacity != range => {
+                let message = format!("volume {name} exists with another size or other parameters");
+                Err(Error::new(Kind::AlreadyExists, message))
+            }
+            // Where the answer was lost and the claim names another image since, that is the one.
             _ => {
-                created.insert(name.to_owned(), volume.clone());
+                let new = Created { parameters: request.parameters, capacity: range, volume: volume.clone() };
+                created.insert(name.to_owned(), new);
                 Ok(volume)
             }
         }
     }
 
     /// Every capability must be one that a volume with this context has.
-    fn check(&self, context: &HashMap<String, String>, capabilities: &[VolumeCapability]) -> Result<()> {
+    fn check(
+        &self,
+        context: &HashMap<String, String>,
+        capabilities: &[VolumeCapability],
+        namespace: Option<&str>,
+    ) -> Result<()> {
         if capabilities.is_empty() {
             return Err(invalid("volume_capabilities is required"));
         }
         for capability in capabilities {
-            let mount = spec_of(context, capability)?.allowed_by(&self.policy)?;
+            let mount = spec_of(context, capability)?.allowed_by(&self.policy, namespace)?;
             check_access_mode(&mount, capability, false)?;
         }
         Ok(())
@@ -95,7 +110,7 @@ impl Controller {
         if request.volume_capabilities.is_empty() {
             return Err(invalid("volume_capabilities is required"));
         }
-        let known = lock(&self.created).get(id).cloned();
+        let known = lock(&self.created).get(id).map(|created| created.volume.clone());
         let context = match known {
             Some(volume) => volume.volume_context,
             None if !request.volume_context.is_empty() => request.volume_context.clone(),
@@ -105,7 +120,7 @@ impl Controller {
             }
         };
         use validate_volume_capabilities_response::Confirmed;
-        Ok(match self.check(&context, &request.volume_capabilities) {
+        Ok(match self.check(&context, &request.volume_capabilities, None) {
             Ok(()) => ValidateVolumeCapabilitiesResponse {
                 confirmed: Some(Confirmed {
                     volume_context: context,

@@ -35,7 +35,7 @@ impl node_server::Node for Node {
             let id = required_text("volume_id", &id)?;
             required_path("staging_target_path", &request.staging_target_path)?;
             let capability = required(request.volume_capability)?;
-            let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?)?;
+            let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?, None)?;
             check_access_mode(&mount, &capability, is_ephemeral(&request.volume_context))?;
             self.volumes.stage(id, &mount).await?;
             Ok(NodeStageVolumeResponse {})
@@ -64,14 +64,21 @@ impl node_server::Node for Node {
         let request = request.into_inner();
         let id = request.volume_id.clone();
         answer("NodePublishVolume", &id, async {
-            if let Some(pod) = pod_of(&request.volume_context) {
-                tracing::Span::current().record("pod", pod);
+            let pod = pod_of(&request.volume_context);
+            if let Some((namespace, name)) = &pod {
+                tracing::Span::current().record("pod", format!("{namespace}/{name}"));
+            }
+            let namespace = pod.map(|(namespace, _)| namespace);
+            if namespace.is_none() && self.volumes.needs_namespace() {
+                let message = "the policy is about namespaces, and the pod's is not known: set podInfoOnMount in the CSIDriver object";
+                return Err(Error::new(Kind::FailedPrecondition, message));
             }
             let volume_id = required_text("volume_id", &id)?.to_owned();
             let target = required_path("target_path", &request.target_path)?;
             let ephemeral = is_ephemeral(&request.volume_context);
             let capability = required(request.volume_capability)?;
-            let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?)?;
+            let spec = spec_of(&request.volume_context, &capability)?;
+            let mount = self.volumes.allow(spec, namespace.as_deref())?;
             if !ephemeral && request.staging_target_path.is_empty() {
                 return Err(Error::new(
                     Kind::FailedPrecondition,
@@ -80,7 +87,8 @@ impl node_server::Node for Node {
             }
             check_access_mode(&mount, &capability, ephemeral || request.readonly)?;
             let exclusive = !ephemeral && is_single_writer(&capability);
-            let publication = Publication { volume_id, target, mount, read_only: request.readonly, exclusive };
+            let publication =
+                Publication { volume_id, target, mount, read_only: request.readonly, namespace, exclusive };
             self.volumes.publish(publication, !ephemeral).await?;
             Ok(NodePublishVolumeResponse {})
         })

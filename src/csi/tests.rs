@@ -117,8 +117,11 @@ async fn requests_that_lack_something_are_refused_before_anything_is_done() {
     let block =
         VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount(Mode::SingleNodeWriter) };
     let writer = Some(mount(Mode::MultiNodeMultiWriter));
+    let ext4 = MountVolume { fs_type: "ext4".into(), ..Default::default() };
+    let ext4 = VolumeCapability { access_type: Some(AccessType::Mount(ext4)), ..mount(Mode::MultiNodeReaderOnly) };
     let stage = service.stage_request();
     for request in [
+        NodeStageVolumeRequest { volume_capability: Some(ext4), ..stage.clone() },
         NodeStageVolumeRequest { volume_id: String::new(), ..stage.clone() },
         NodeStageVolumeRequest { staging_target_path: "staging".into(), ..stage.clone() },
         NodeStageVolumeRequest { volume_capability: None, ..stage.clone() },
@@ -172,6 +175,24 @@ async fn a_missing_image_is_not_found_and_a_silent_server_unavailable() {
     assert_eq!(code(service.stage(with("image", "absent.sqsh")).await), Code::NotFound);
     assert_eq!(code(service.stage(with("nfsOptions", "port=1")).await), Code::Unavailable);
     assert_eq!(code(service.stage(with("fsType", "erofs")).await), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn the_file_system_of_a_claim_may_repeat_what_the_attributes_say() {
+    let service = Service::new().await;
+    let mut request = service.stage_request();
+    let squashfs = MountVolume { fs_type: "squashfs".into(), ..Default::default() };
+    request.volume_capability.as_mut().unwrap().access_type = Some(AccessType::Mount(squashfs));
+    service.stage(request).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_target_that_is_a_file_is_no_publication_of_ours() {
+    let service = Service::new().await;
+    let target = service.node.target("pod");
+    std::fs::write(&target, "").unwrap();
+    assert_eq!(code(service.unpublish("v", &target).await), Code::FailedPrecondition);
+    assert!(target.exists());
 }
 
 #[tokio::test]

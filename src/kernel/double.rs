@@ -35,6 +35,8 @@ struct State {
     mounts: Vec<(PathBuf, String)>,
     loop_devices: BTreeMap<u32, Loop>,
     file_systems: u32,
+    ignores_read_only: bool,
+    merged_with: Option<String>,
 }
 
 struct Loop {
@@ -89,6 +91,16 @@ impl Double {
     pub fn release(&self) {
         lock(&self.state).held.clear();
         self.released.notify_all();
+    }
+
+    /// From now on a mount that is to be read-only gets the writable superblock of another, as NFS does in Linux 6.13.
+    pub fn ignore_read_only(&self) {
+        lock(&self.state).ignores_read_only = true;
+    }
+
+    /// From now on each server passes for the one at this address, as NFS 4 servers do that say so.
+    pub fn merge_with(&self, address: &str) {
+        lock(&self.state).merged_with = Some(address.to_owned());
     }
 
     /// What is left in the driver's namespace: mounts, and mount points.
@@ -157,6 +169,14 @@ impl Kernel for Double {
         Ok(DetachedMount::new(open_directory(&path)?, "directory".into()))
     }
 
+    fn super_options(&self, mount: &DetachedMount) -> Result<String> {
+        let state = lock(&self.state);
+        let mode = if state.ignores_read_only { "rw" } else { "ro" };
+        // `host:/path (nfs 4.2, ADDRESS)`
+        let address = mount.what().rsplit_once(", ").map_or("", |(_, address)| address.trim_end_matches(')'));
+        Ok(format!("{mode},addr={}", state.merged_with.as_deref().unwrap_or(address)))
+    }
+
     fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
         self.call(format!("restrict {} [{}]", mount.what(), names(attributes)), Subject::Node)
     }
@@ -197,6 +217,14 @@ impl Kernel for Double {
             }
         };
         Ok(lock(&self.state).mounts.iter().map(describe).collect())
+    }
+
+    fn scratch(&self, path: &Path, size: u64) -> Result<DetachedMount> {
+        let name = path.file_name().unwrap().display();
+        self.call(format!("mount {name} of {size} bytes"), Subject::Node)?;
+        let directory = path.with_extension("mounted");
+        std::fs::create_dir_all(&directory).unwrap();
+        Ok(DetachedMount::new(open_directory(&directory)?, "a scratch file system".into()))
     }
 
     fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()> {

@@ -105,6 +105,13 @@ impl Image {
                 "the image is truncated: its superblock states {size} bytes, the file has {}",
                 self.identity.size
             ))),
+            // drivers/block/loop.c: the rest of a sector at the end cannot be read.
+            Some(size) if size > self.identity.size / 512 * 512 => {
+                Err(unreadable(path, Errno::NODATA).with_hint(format!(
+                    "a loop device has whole sectors, and the image ends inside of one, at {size} bytes: make it without -nopad, or \
+                     'truncate --size %512' it"
+                )))
+            }
             Some(_) => Ok(()),
         }
     }
@@ -155,6 +162,19 @@ mod tests {
         let error = image(&squashfs(2049)).1.check("image", FileSystem::Squashfs).unwrap_err();
         assert_eq!(error.errno(), Errno::NODATA);
         assert!(error.to_string().contains("states 2049 bytes, the file has 2048"), "{error}");
+    }
+
+    #[test]
+    fn an_image_that_ends_inside_of_a_sector_is_refused_and_padding_is_none_of_it() {
+        let with = |length: usize, used| {
+            let mut content = squashfs(used);
+            content.resize(length, 0);
+            image(&content).1.check("image", FileSystem::Squashfs)
+        };
+        let error = with(2100, 2100).unwrap_err();
+        assert!(error.to_string().contains("inside of one, at 2100 bytes"), "{error}");
+        with(2100, 2048).unwrap();
+        with(2560, 2100).unwrap();
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! [`Kernel`] by the kernel that runs.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+
+use rustix::io::Errno;
 
 use super::image::Image;
 use super::loop_device::{self, Attached, LoopDevice, Tag};
@@ -9,17 +11,19 @@ use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 use super::mountinfo::{self, MountInfo};
 use super::mountstats::{self, NfsCounters};
 use super::namespace::PrivateNamespace;
-use super::{Kernel, Result, nfs};
+use super::{Doing, Kernel, Result, nfs, scratch};
 
 /// The kernel, and a mount namespace of this process's own in it.
 pub struct Linux {
     namespace: PrivateNamespace,
+    /// For threads in the namespace, which has none.
+    proc: OwnedFd,
 }
 
 impl Linux {
     /// Makes the namespace, which needs root.
     pub fn new() -> Result<Self> {
-        Ok(Linux { namespace: PrivateNamespace::new()? })
+        Ok(Linux { namespace: PrivateNamespace::new()?, proc: mount::open_directory(Path::new("/proc"))? })
     }
 }
 
@@ -30,6 +34,13 @@ impl Kernel for Linux {
 
     fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
         mount::bind(directory, recursive, attributes)
+    }
+
+    fn super_options(&self, mount: &DetachedMount) -> Result<String> {
+        let id = mount::id_of(mount)?;
+        let table = mountinfo::read_thread_by(self.proc.as_fd())?;
+        let found = table.into_iter().find(|mount| mount.id == id).ok_or(Errno::NOENT);
+        Ok(found.doing(|| format!("find {} in the mount table", mount.what()))?.super_options)
     }
 
     fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
@@ -50,6 +61,10 @@ impl Kernel for Linux {
 
     fn mounts(&self) -> Result<Vec<MountInfo>> {
         mountinfo::read()
+    }
+
+    fn scratch(&self, path: &Path, size: u64) -> Result<DetachedMount> {
+        scratch::mount(path, size)
     }
 
     fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()> {

@@ -1,12 +1,13 @@
 //! Loop devices (loop(4)): found, attached and recognised by ioctl alone.
 //!
-//! Every device is read-only, carries this driver's [`Tag`] from the ioctl that attaches it, and is freed by the kernel with its last
-//! user (`LO_FLAGS_AUTOCLEAR`): an open [`LoopDevice`] is a user, a mounted file system is one.
+//! Every device of an image is read-only and carries this driver's [`Tag`] from the ioctl that attaches it; that of a writable layer carries
+//! none. Each is freed by the kernel with its last user (`LO_FLAGS_AUTOCLEAR`): an open [`LoopDevice`] is a user, a mounted file system
+//! is one.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use linux_raw_sys::loop_device::{
     LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, loop_config,
@@ -21,8 +22,8 @@ use super::image::{Image, ImageIdentity};
 
 /// The major number of loop devices (Documentation/admin-guide/devices.txt).
 pub const MAJOR: u32 = 7;
-/// How often an attach is tried again when another process took the device, or the device node is not there yet.
-const ATTEMPTS: usize = 64;
+/// How long an attach is tried again when somebody else took the device, or the device node is not there yet.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whose device it is: the mark of one driver name in `lo_file_name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,37 +89,46 @@ impl LoopDevice {
                 return Ok(device);
             }
         }
-        Self::configure_free(image, tag)
+        let flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
+        Self::configure_free(&image.file, flags, &tag.name(&image.identity))
     }
 
-    fn configure_free(image: &Image, tag: &Tag) -> Result<Self> {
+    /// A new device of a file that is written to through it. It carries no mark: nobody looks for it.
+    pub(super) fn writable(file: &File) -> Result<Self> {
+        Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, "csi-squashfs-scratch")
+    }
+
+    fn configure_free(file: &File, flags: u32, name: &str) -> Result<Self> {
         let control = open_control()?;
         let mut config = loop_config {
-            fd: image.file.as_raw_fd() as u32,
+            fd: file.as_raw_fd() as u32,
             block_size: 0,
             // SAFETY: an integer-only C struct, for which all zeroes is a value.
             info: unsafe { std::mem::zeroed() },
             __reserved: [0; 8],
         };
-        config.info.lo_flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
-        let name = tag.name(&image.identity);
+        config.info.lo_flags = flags;
         config.info.lo_file_name[..name.len()].copy_from_slice(name.as_bytes());
 
-        let mut last = Errno::BUSY;
-        for _ in 0..ATTEMPTS {
+        let (mut last, start) = (Errno::BUSY, Instant::now());
+        while start.elapsed() < PATIENCE {
             let number = free_number(&control)?;
             match configure(number, &config) {
                 Ok(fd) => return Ok(LoopDevice { number, _fd: fd }),
-                Err(errno @ Errno::BUSY) => last = errno,
+                // All who ask at once are told the same number, and one of them gets it.
+                Err(errno @ Errno::BUSY) => {
+                    last = errno;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 // The node appears, and is let go of by those who look at every new device, a moment later.
                 Err(errno @ (Errno::AGAIN | Errno::NOENT | Errno::NXIO | Errno::ACCESS)) => {
                     last = errno;
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                Err(errno) => return Err(Error::new(format!("attach the image to /dev/loop{number}"), errno)),
+                Err(errno) => return Err(Error::new(format!("attach a file to /dev/loop{number}"), errno)),
             }
         }
-        let error = Error::new("attach the image to a loop device", last);
+        let error = Error::new("attach a file to a loop device", last);
         Err(match last {
             Errno::NOENT => {
                 error.with_hint("a new device does not appear in /dev: does the driver have the host's /dev?")
@@ -190,14 +200,14 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, ImageIdentity)>
     Ok(tag.read(&info).map(ours))
 }
 
-/// The devices that may be ours: those that have a file and free themselves. A stranger's device is left unopened where possible:
-/// to ask for its state may ask its file's server.
+/// The devices that may be ours: those that have a file, take no writes and free themselves. A stranger's device is left unopened where
+/// possible: to ask for its state may ask its file's server.
 fn candidates() -> Result<Vec<u32>> {
     let entries = std::fs::read_dir("/sys/block").doing(|| "list /sys/block".into())?;
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
-        let frees_itself = std::fs::read_to_string(entry.path().join("loop/autoclear")).ok()?;
-        (frees_itself.trim_end() == "1").then_some(number)
+        let is_set = |name| std::fs::read_to_string(entry.path().join(name)).is_ok_and(|text| text.trim_end() == "1");
+        (is_set("ro") && is_set("loop/autoclear")).then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }
@@ -221,15 +231,21 @@ pub(super) fn free_number(control: &File) -> Result<u32> {
 }
 
 fn configure(number: u32, config: &loop_config) -> std::result::Result<OwnedFd, Errno> {
-    let fd = open(number)?;
+    let read_only = config.info.lo_flags & LO_FLAGS_READ_ONLY as u32 != 0;
+    let fd = open_for(number, if read_only { OFlags::RDONLY } else { OFlags::RDWR })?;
     // SAFETY: LOOP_CONFIGURE reads one loop_config.
     unsafe { rustix::ioctl::ioctl(fd.as_fd(), rustix::ioctl::Setter::<{ LOOP_CONFIGURE as _ }, _>::new(*config)) }?;
-    Ok(fd)
+    // The first one is let go of last, or the device would free itself.
+    if read_only { Ok(fd) } else { open(number) }
 }
 
 /// Read-only: a writer would keep the kernel from mounting the device.
 fn open(number: u32) -> std::result::Result<OwnedFd, Errno> {
-    rustix::fs::open(device_path(number), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    open_for(number, OFlags::RDONLY)
+}
+
+fn open_for(number: u32, mode: OFlags) -> std::result::Result<OwnedFd, Errno> {
+    rustix::fs::open(device_path(number), mode | OFlags::CLOEXEC, Mode::empty())
 }
 
 pub(super) fn device_path(number: u32) -> PathBuf {

@@ -18,6 +18,7 @@ pub mod mountstats;
 pub mod namespace;
 pub mod nfs;
 pub mod overlay;
+pub mod scratch;
 pub mod support;
 pub mod thread;
 pub mod tmpfs;
@@ -40,6 +41,9 @@ pub trait Kernel: Send + Sync {
     fn mount(&self, new: NewMount) -> Result<DetachedMount>;
     /// A new mount of a directory that is visible in the calling thread's namespace, private, with `attributes` added.
     fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount>;
+    /// What the mount table says of the superblock of a mount that is attached in the calling thread's namespace: `ro` or `rw` first, then
+    /// options, separated by commas. Asks no server.
+    fn super_options(&self, mount: &DetachedMount) -> Result<String>;
     /// Adds attributes to a mount and to those that a recursive bind brought along.
     fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()>;
     /// Puts a mount on top of a directory.
@@ -50,6 +54,8 @@ pub trait Kernel: Send + Sync {
     fn is_mount(&self, path: &Path) -> Result<bool>;
     /// The mounts that this process sees.
     fn mounts(&self) -> Result<Vec<MountInfo>>;
+    /// The file system of at most `size` bytes in the file `path`, made where it is not there yet. See [`scratch::mount`].
+    fn scratch(&self, path: &Path, size: u64) -> Result<DetachedMount>;
     /// Sets how many KiB are read ahead in the files of an NFS mount.
     fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()>;
     /// The loop device of this image with this mark: the one that has it already, or a new one. One thread at a time for one image.

@@ -137,20 +137,21 @@ impl DetachedMount {
     }
 }
 
-/// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added.
+/// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added. What is mounted
+/// below the directory later does not appear in it, nor the other way round.
 pub fn bind(directory: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let fd = rustix::mount::open_tree(directory, "", flags).doing(|| "clone a mount (open_tree)".into())?;
-    set_attributes(fd.as_fd(), attributes, recursive)?;
+    set_attributes(fd.as_fd(), attributes, libc::MS_PRIVATE, recursive)?;
     Ok(DetachedMount::new(fd, "directory".into()))
 }
 
 /// Adds attributes to a mount and to those that a recursive bind brought along.
 pub fn restrict(mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
-    set_attributes(mount.as_fd(), attributes, true)
+    set_attributes(mount.as_fd(), attributes, 0, true)
 }
 
 /// Puts the mount on top of a directory.
@@ -159,9 +160,14 @@ pub fn attach(mount: &DetachedMount, directory: impl AsFd) -> Result<()> {
     rustix::mount::move_mount(mount, "", directory, "", flags).doing(|| format!("attach {} (move_mount)", mount.what()))
 }
 
-/// Adds `attributes` to a mount and, if asked, to all below it (mount_setattr(2), Linux 5.12).
-fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttrFlags, recursive: bool) -> Result<()> {
-    let argument = libc::mount_attr { attr_set: attributes.bits().into(), attr_clr: 0, propagation: 0, userns_fd: 0 };
+/// Adds `attributes` to a mount and, if asked, to all below it (mount_setattr(2), Linux 5.12). A `propagation` of 0 stays as it is.
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: MountAttrFlags,
+    propagation: libc::c_ulong,
+    recursive: bool,
+) -> Result<()> {
+    let argument = libc::mount_attr { attr_set: attributes.bits().into(), attr_clr: 0, propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the kernel reads an empty C string and one mount_attr of the size given, and writes nothing.
     let answer = unsafe {
@@ -219,6 +225,13 @@ pub(super) fn explain_escape(error: Error) -> Error {
         Errno::LOOP => error.with_hint("the path goes through a symlink that may not be followed"),
         _ => error,
     }
+}
+
+/// The number by which the mount table names a mount (statx(2), `STATX_MNT_ID`); asks no server.
+pub fn id_of(mount: &DetachedMount) -> Result<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = rustix::fs::statx(mount, "", flags, StatxFlags::MNT_ID);
+    Ok(statx.doing(|| format!("look at {}", mount.what()))?.stx_mnt_id)
 }
 
 /// Whether a mount is attached at `path` (statx(2), `STATX_ATTR_MOUNT_ROOT`). A path that does not exist is not a mount.

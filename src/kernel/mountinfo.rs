@@ -1,5 +1,11 @@
 //! The mount table (proc_pid_mountinfo(5)).
 
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{Mode, OFlags};
+
 use super::error::{Doing, Result};
 
 /// One line of mountinfo; octal escapes are resolved.
@@ -28,9 +34,23 @@ pub(super) fn read_thread() -> Result<Vec<MountInfo>> {
     read_file("/proc/thread-self/mountinfo")
 }
 
+/// The same where the calling thread has no /proc of its own: `proc` is an open one.
+pub(super) fn read_thread_by(proc: BorrowedFd<'_>) -> Result<Vec<MountInfo>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(proc, "thread-self/mountinfo", flags, Mode::empty());
+    let mut text = Vec::new();
+    File::from(file.doing(|| "open the mount table".into())?)
+        .read_to_end(&mut text)
+        .doing(|| "read the mount table".into())?;
+    Ok(parse_table(&text))
+}
+
 fn read_file(path: &str) -> Result<Vec<MountInfo>> {
-    let text = std::fs::read(path).doing(|| format!("read {path}"))?;
-    Ok(String::from_utf8_lossy(&text).lines().filter_map(parse).collect())
+    Ok(parse_table(&std::fs::read(path).doing(|| format!("read {path}"))?))
+}
+
+fn parse_table(text: &[u8]) -> Vec<MountInfo> {
+    String::from_utf8_lossy(text).lines().filter_map(parse).collect()
 }
 
 fn parse(line: &str) -> Option<MountInfo> {

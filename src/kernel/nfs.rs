@@ -99,6 +99,10 @@ impl Export {
                 new.set("clientaddr", own.map_err(explain)?)
             }
         };
+        // The kernel gives a mount the superblock of another whose options differ in these alone, and with it the other's patience.
+        if self.options.iter().any(|(key, _)| matches!(key.as_str(), "timeo" | "retrans")) {
+            new = new.flag("nosharecache");
+        }
         for (key, value) in &self.options {
             new = match value {
                 Some(value) => new.set(key, value),
@@ -190,12 +194,18 @@ mod tests {
     #[test]
     fn the_kernel_gets_addresses_and_the_options_of_the_version() {
         let mut export = export("server", &[("hard", None), ("timeo", Some("600"))]);
-        let v4 = "source=server:/images,vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,hard,timeo=600,ro";
+        let v4 = "source=server:/images,vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,nosharecache,hard,timeo=600,ro";
         assert_eq!(options(&export).join(","), v4);
         (export.version, export.read_only) = (Version::V3, false);
-        let v3 = "source=server:/images,vers=3,addr=127.0.0.1,nolock,hard,timeo=600";
+        let v3 = "source=server:/images,vers=3,addr=127.0.0.1,nolock,nosharecache,hard,timeo=600";
         assert_eq!(options(&export).join(","), v3);
         assert_eq!(export.mount_from([127, 0, 0, 1].into()).unwrap().fs_type, "nfs");
+    }
+
+    #[test]
+    fn a_mount_with_a_patience_of_its_own_shares_no_superblock_with_others() {
+        let shares = |option| !options(&export("server", &[option])).contains(&"nosharecache".to_owned());
+        assert!(!shares(("timeo", Some("1"))) && !shares(("retrans", Some("0"))) && shares(("soft", None)));
     }
 
     #[test]

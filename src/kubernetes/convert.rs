@@ -64,7 +64,7 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
         serde_json::from_str(text).map_err(|error| invalid(format!("no container of the ImageAPI: {error}")))?;
     let parsed = json::parse(container.mount.get())?;
     let mut notes = parsed.warnings().to_vec();
-    let mount = parsed.allowed_by(policy)?;
+    let mount = parsed.allowed_by(policy, Some(surroundings.namespace))?;
     let command = shlex::split(&container.command)
         .filter(|words| !words.is_empty())
         .ok_or_else(|| invalid("command: is empty, or has a quote without its end".into()))?;

@@ -56,7 +56,7 @@ pub async fn examine(examined: &Examined) -> Vec<Finding> {
             },
         );
     }
-    find("kubelet directory", kubelet_directory(&examined.kubelet_dir));
+    find("kubelet directory", kubelet_directory(&examined.kubelet_dir.join("pods")));
     let data_dir = examined.data_dir.clone();
     find(
         "writable layers",
@@ -81,7 +81,7 @@ pub async fn examine(examined: &Examined) -> Vec<Finding> {
     findings
 }
 
-/// A mount made in the driver's container reaches the node, and one of the node the container, only below a shared mount.
+/// A mount made in the driver's container, which has the pods' directories of the kubelet's, reaches the node only below a shared mount.
 fn kubelet_directory(directory: &Path) -> Verdict {
     let shown = directory.display();
     if !directory.is_dir() {

@@ -1,4 +1,4 @@
-//! `/healthz`, `/readyz` and `/metrics`.
+//! `/healthz` and `/readyz` at one address, `/metrics` at another: who may look at metrics can keep no probe of the kubelet waiting.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -83,11 +83,29 @@ impl Watched {
     }
 }
 
-/// Serves until `stop` is ready. Whoever can connect may read all of it: it names servers, exports and images, and holds no secret.
-pub async fn serve(address: SocketAddr, watched: Watched, stop: impl Future<Output = ()>) -> io::Result<()> {
+/// What is served at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// `/healthz` and `/readyz`.
+    Health,
+    /// `/metrics`. Whoever can connect may read all of it: it names servers, exports and images, and holds no secret.
+    Metrics,
+}
+
+/// Serves until `stop` is ready.
+pub async fn serve(
+    address: SocketAddr,
+    served: Served,
+    watched: Arc<Watched>,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let (what, flag) = match served {
+        Served::Health => ("health", "--health-address"),
+        Served::Metrics => ("metrics", "--metrics-address"),
+    };
     let named = |error: io::Error| {
-        let hint = "choose another --http-address, or leave it out";
-        io::Error::new(error.kind(), format!("serve metrics and health at {address}: {error}: {hint}"))
+        let hint = format!("choose another {flag}, or leave it out");
+        io::Error::new(error.kind(), format!("serve {what} at {address}: {error}: {hint}"))
     };
     let listener = match TcpListener::bind(address).await {
         // "::" stands for all addresses, also of a kernel without IPv6.
@@ -97,8 +115,10 @@ pub async fn serve(address: SocketAddr, watched: Watched, stop: impl Future<Outp
         bound => bound,
     };
     let listener = listener.map_err(named)?;
-    tracing::info!(%address, "serving metrics and health");
-    let service = TowerToHyperService::new(router(watched));
+    tracing::info!(%address, "serving {what}");
+    let service = TowerToHyperService::new(router(served, watched));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(ASKING).keep_alive(false);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     tokio::pin!(stop);
     loop {
@@ -106,8 +126,6 @@ pub async fn serve(address: SocketAddr, watched: Watched, stop: impl Future<Outp
             () = &mut stop => return Ok(()),
             accepted = accept(&listener, &places) => accepted,
         };
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(ASKING).keep_alive(false);
         let connection = http.serve_connection(TokioIo::new(stream), service.clone());
         tokio::spawn(async move {
             let _place = place;
@@ -123,19 +141,19 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, 
         match listener.accept().await {
             Ok((stream, _)) => return (stream, place),
             Err(error) => {
-                tracing::warn!(%error, "accept a connection to metrics and health");
+                tracing::warn!(%error, "accept an HTTP connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-fn router(watched: Watched) -> Router {
-    Router::new()
-        .route("/healthz", get(healthz))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
-        .with_state(Arc::new(watched))
+fn router(served: Served, watched: Arc<Watched>) -> Router {
+    let router = match served {
+        Served::Health => Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)),
+        Served::Metrics => Router::new().route("/metrics", get(metrics)),
+    };
+    router.with_state(watched)
 }
 
 /// Well while the process serves its socket: what a restart could mend, and nothing else.

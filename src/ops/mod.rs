@@ -1,7 +1,7 @@
-//! What an operator looks at: health, readiness and metrics on one HTTP port, and the doctor.
+//! What an operator looks at: health and readiness, metrics, and the doctor.
 
 pub mod doctor;
 mod http;
 mod scrape;
 
-pub use http::{Watched, serve};
+pub use http::{Served, Watched, serve};

@@ -72,16 +72,22 @@ impl fmt::Display for Nfs {
 }
 
 /// The NFS protocol versions that Linux speaks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum NfsVersion {
+    #[serde(rename = "3")]
     V3,
+    #[serde(rename = "4.0")]
     V4_0,
+    #[serde(rename = "4.1")]
     V4_1,
     #[default]
+    #[serde(rename = "4.2")]
     V4_2,
 }
 
 impl NfsVersion {
+    pub const ALL: [NfsVersion; 4] = [NfsVersion::V3, NfsVersion::V4_0, NfsVersion::V4_1, NfsVersion::V4_2];
+
     /// The value of the kernel's `vers=` option.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -187,9 +193,19 @@ pub enum Device {
 /// An image file: `path` below `base`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Loopback {
-    /// Relative to the base, without a leading slash; may contain symlinks that stay inside the base.
+    /// Relative to the base, without a leading slash.
     pub path: String,
+    pub symlinks: Symlinks,
     pub base: Base,
+}
+
+/// Whether the path of an image or a directory may go through symlinks below its base. They never lead out of it, and below the node's
+/// root directory none is followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Symlinks {
+    #[default]
+    Follow,
+    Refuse,
 }
 
 /// Where a path starts.
@@ -220,6 +236,7 @@ impl fmt::Display for Base {
 pub struct Bind {
     /// Relative to the base, without a leading slash; empty means the base itself.
     pub path: String,
+    pub symlinks: Symlinks,
     pub base: Base,
     pub recursive: bool,
     pub read_only: bool,
@@ -234,15 +251,42 @@ pub struct Overlay {
 }
 
 /// The writable layer on top of an overlay; it ends with the published path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Upper {
-    /// A directory on the node's disk, where the driver keeps its data.
-    #[default]
-    Directory,
+    /// On the node's disk, where the driver keeps its data: a directory, or a file system of at most `size` bytes in a file.
+    Directory { size: Option<u64> },
     /// Memory, at most `size` bytes.
     Tmpfs { size: u64 },
     /// None: the layers are stacked read-only.
     None,
+}
+
+impl Default for Upper {
+    fn default() -> Self {
+        Upper::Directory { size: None }
+    }
+}
+
+impl Upper {
+    /// The least size of one on the node's disk: a file system has structures of its own.
+    pub const SMALLEST_DIRECTORY: u64 = 16 << 20;
+
+    /// The most bytes that it may hold, where that is limited.
+    pub fn size(self) -> Option<u64> {
+        match self {
+            Upper::Tmpfs { size } => Some(size),
+            Upper::Directory { size } => size,
+            Upper::None => None,
+        }
+    }
+
+    /// One on the node's disk of this size.
+    pub(super) fn directory_of(size: u64) -> Result<Self, String> {
+        match size >= Self::SMALLEST_DIRECTORY {
+            true => Ok(Upper::Directory { size: Some(size) }),
+            false => Err("is too small for a file system of its own: at least 16Mi".into()),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -95,11 +95,11 @@ const REFUSED: &[(&str, &str)] = &[
     ("mountaddr", "the mount protocol must reach the host of the spec"),
     ("mounthost", "the mount protocol must reach the host of the spec"),
     ("nfsvers", "use \"version\" (flat: \"nfsVersion\")"),
-    ("nosharecache", "one mount is shared by every image of an export"),
+    ("nosharecache", "the driver decides where mounts share what"),
     ("retry", "the driver and the kubelet retry"),
     ("ro", "use the field \"ro\""),
     ("rw", "use the field \"ro\""),
-    ("sharecache", "it always holds"),
+    ("sharecache", "the driver decides where mounts share what"),
     ("source", "the driver builds it from host and path"),
     ("udp", "NFS over UDP corrupts data (nfs(5))"),
     ("vers", "use \"version\" (flat: \"nfsVersion\")"),
@@ -174,6 +174,11 @@ fn group(option: &NfsOption) -> &str {
 /// The options a user may set, in alphabetical order.
 pub(super) fn keys() -> Vec<&'static str> {
     RULES.iter().map(|rule| rule.key).collect()
+}
+
+/// Those that take a number.
+pub(super) fn numbers() -> Vec<&'static str> {
+    RULES.iter().filter(|rule| matches!(rule.value, Value::Number(_))).map(|rule| rule.key).collect()
 }
 
 #[cfg(test)]

@@ -7,9 +7,14 @@ use super::error::{SpecError, unknown};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
 use super::{
-    Attach, Base, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper, json, options,
-    quantity, text,
+    Attach, Base, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json,
+    options, quantity, text,
 };
+
+/// The parameter that says whether symlinks are followed, in either form.
+pub(super) const SYMLINKS: &str = "symlinks";
+/// Its value for a volume whose path others than the admin had a say in.
+pub(super) const REFUSE: &str = "refuse";
 
 /// Every parameter, in the spelling that is documented. Other spellings that differ only in case are understood.
 pub(super) const KNOWN: &[&str] = &[
@@ -22,6 +27,7 @@ pub(super) const KNOWN: &[&str] = &[
     "nfsOptions",
     "overlay",
     "overlaySize",
+    SYMLINKS,
     mount_options::PARAMETER,
 ];
 
@@ -32,7 +38,8 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 ///
 /// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required),
 /// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
-/// `tmpfs`) and `overlaySize` (a quantity, for a tmpfs). White space around flat values is dropped.
+/// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
+/// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`.
 ///
 /// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
 /// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.
@@ -44,13 +51,17 @@ pub fn parse_attributes<'a>(
     let mut mount_options = mount_options.to_vec();
     mount_options.extend(attributes.remove(mount_options::PARAMETER));
     let mount_options = mount_options::parse(&mount_options)?;
-    let Some(spec) = attributes.remove(MOUNT_SPEC) else {
-        return flat(&attributes, &mount_options);
+    let symlinks = match attributes.remove(SYMLINKS).as_deref() {
+        None | Some("follow") => Symlinks::Follow,
+        Some(REFUSE) => Symlinks::Refuse,
+        Some(other) => return Err(invalid(SYMLINKS, unknown("value", other, &["follow", REFUSE]))),
     };
-    match attributes.keys().next() {
-        Some(key) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),
-        None => json::parse_with(&spec, &mount_options),
-    }
+    let parsed = match (attributes.remove(MOUNT_SPEC), attributes.keys().next()) {
+        (None, _) => flat(&attributes, &mount_options),
+        (Some(_), Some(key)) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),
+        (Some(spec), None) => json::parse_with(&spec, &mount_options),
+    };
+    parsed.map(|parsed| parsed.with_symlinks(symlinks))
 }
 
 /// The parameters in the spelling of `known`, without those of Kubernetes.
@@ -98,7 +109,7 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
     let image = Mount::Attach(Attach {
         fs_type: get("fsType").map_or(Ok(FsType::Squashfs), FsType::parse).map_err(at("fsType"))?,
         no_exec: options.no_exec,
-        device: Device::Loopback(Loopback { path: image, base }),
+        device: Device::Loopback(Loopback { path: image, symlinks: Symlinks::Follow, base }),
     });
     let mount = match overlay(get("overlay"), get("overlaySize"))? {
         Upper::None => image,
@@ -110,12 +121,15 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
 fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
     match (kind, size) {
         (None | Some("none"), None) => Ok(Upper::None),
-        (Some("directory"), None) => Ok(Upper::Directory),
+        (Some("directory"), None) => Ok(Upper::Directory { size: None }),
+        (Some("directory"), Some(size)) => {
+            quantity::bytes(size).and_then(Upper::directory_of).map_err(at("overlaySize"))
+        }
         (Some("tmpfs"), Some(size)) => Ok(Upper::Tmpfs { size: quantity::bytes(size).map_err(at("overlaySize"))? }),
         (Some("tmpfs"), None) => {
             Err(invalid("overlaySize", "is required for a tmpfs: the most it may hold, such as 256Mi"))
         }
-        (None | Some("none" | "directory"), Some(_)) => Err(invalid("overlaySize", "is only for \"overlay: tmpfs\"")),
+        (None | Some("none"), Some(_)) => Err(invalid("overlaySize", "is for \"overlay: directory\" or \"tmpfs\"")),
         (Some(other), _) => Err(invalid("overlay", unknown("value", other, &["none", "directory", "tmpfs"]))),
     }
 }

@@ -2,9 +2,9 @@
 
 use std::ops::Deref;
 
-use super::Mount;
 use super::error::SpecError;
 use super::policy::Policy;
+use super::{Mount, Symlinks};
 
 /// A spec that was read, and what its author should know about it. Whether it is allowed is another question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,12 @@ impl Parsed {
         Parsed { mount, warnings, form }
     }
 
+    /// The same, where symlinks in paths are followed or not.
+    pub(super) fn with_symlinks(mut self, symlinks: Symlinks) -> Parsed {
+        self.mount.set_symlinks(symlinks);
+        self
+    }
+
     /// To look at, not to mount.
     pub fn mount(&self) -> &Mount {
         &self.mount
@@ -38,9 +44,9 @@ impl Parsed {
     }
 
     /// [`Policy::check`], with errors that name the places of the form that the user wrote.
-    pub fn allowed_by(self, policy: &Policy) -> Result<Allowed, SpecError> {
+    pub fn allowed_by(self, policy: &Policy, namespace: Option<&str>) -> Result<Allowed, SpecError> {
         let form = self.form;
-        Allowed::new(self.mount, policy).map_err(|error| match form {
+        Allowed::new(self.mount, policy, namespace).map_err(|error| match form {
             Form::Json => error,
             Form::Flat => {
                 let parameter = flat_parameter(&error.pointer).to_owned();
@@ -56,8 +62,8 @@ pub struct Allowed(Mount);
 
 impl Allowed {
     /// Also of a mount that was allowed once, and written down.
-    pub fn new(mount: Mount, policy: &Policy) -> Result<Allowed, SpecError> {
-        policy.check(&mount)?;
+    pub fn new(mount: Mount, policy: &Policy, namespace: Option<&str>) -> Result<Allowed, SpecError> {
+        policy.check(&mount, namespace)?;
         Ok(Allowed(mount))
     }
 }
@@ -72,7 +78,14 @@ impl Deref for Allowed {
 
 /// The flat parameter that became the place with this JSON pointer.
 fn flat_parameter(pointer: &str) -> &'static str {
-    for (end, name) in [("/host", "server"), ("/nfs/path", "share"), ("/fs_type", "fsType")] {
+    for (end, name) in [
+        ("/host", "server"),
+        ("/nfs/path", "share"),
+        ("/nfs/version", "nfsVersion"),
+        ("/fs_type", "fsType"),
+        ("/upper/kind", "overlay"),
+        ("/upper/size", "overlaySize"),
+    ] {
         if pointer.ends_with(end) {
             return name;
         }

@@ -42,7 +42,8 @@ fn add_overlay(steps: &mut Vec<String>, overlay: &Overlay) {
         add(steps, lower);
     }
     let upper = match overlay.upper {
-        Upper::Directory => "directory".to_owned(),
+        Upper::Directory { size: None } => "directory".to_owned(),
+        Upper::Directory { size: Some(size) } => format!("file system of {size} bytes on the node's disk"),
         Upper::Tmpfs { size } => format!("tmpfs of {size} bytes"),
         Upper::None => "none".to_owned(),
     };

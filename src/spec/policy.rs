@@ -3,12 +3,22 @@
 //!
 #![doc = concat!("```yaml\n", include_str!("policy/example.yaml"), "```")]
 
-use serde::{Deserialize, Deserializer};
+mod export;
+mod layers;
 
-use super::error::{SpecError, quote, unknown};
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use export::Limits;
+pub use layers::{Share, WritableLayers};
+
+use super::error::{SpecError, quote};
 use super::pattern::{components, covers, matches, names_host};
 use super::read::{self, Object, words};
-use super::{Attach, Base, Bind, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, options, text};
+use super::{Attach, Base, Bind, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, text};
 
 /// The name of the policy in errors.
 const PARAMETER: &str = "policy";
@@ -16,32 +26,54 @@ const PARAMETER: &str = "policy";
 const LISTED: usize = 8;
 
 /// What users may ask for. See the module's example for each field.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Policy {
     #[serde(deserialize_with = "present_servers")]
+    #[schemars(with = "Vec<Server>")]
     servers: Option<Vec<Server>>,
     host_paths: Paths,
     local_devices: Paths,
     #[serde(deserialize_with = "words")]
     fs_types: Vec<FsType>,
+    #[serde(deserialize_with = "words")]
+    nfs_versions: Vec<NfsVersion>,
     #[serde(deserialize_with = "present")]
+    #[schemars(with = "Vec<String>")]
     nfs_options: Option<Vec<String>>,
+    required_nfs_options: Vec<String>,
+    nfs_limits: Limits,
+    writable_exports: bool,
+    writable_layers: WritableLayers,
+    namespaces: Vec<Namespaces>,
 }
 
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+/// The policy of the namespaces that one of the patterns names, in the place of the one that it stands in.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct Namespaces {
+    #[schemars(length(min = 1))]
+    names: Vec<String>,
+    // All but its own namespaces: see `super::schema`.
+    #[schemars(with = "BTreeMap<String, Value>")]
+    policy: Policy,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 struct Server {
+    #[schemars(regex(pattern = r"^\S+$"))]
     host: String,
     #[serde(default, deserialize_with = "present")]
+    #[schemars(with = "Vec<String>", inner(regex(pattern = "^/")))]
     exports: Option<Vec<String>>,
 }
 
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(untagged, expecting = "must be true, false or a list of paths")]
 enum Paths {
     All(bool),
-    Below(Vec<String>),
+    Below(#[schemars(inner(regex(pattern = "^/")))] Vec<String>),
 }
 
 impl Default for Policy {
@@ -51,7 +83,13 @@ impl Default for Policy {
             host_paths: Paths::All(false),
             local_devices: Paths::All(false),
             fs_types: vec![FsType::Squashfs, FsType::Erofs],
+            nfs_versions: NfsVersion::ALL.into(),
             nfs_options: None,
+            required_nfs_options: Vec::new(),
+            nfs_limits: Limits::new(),
+            writable_exports: true,
+            writable_layers: WritableLayers::default(),
+            namespaces: Vec::new(),
         }
     }
 }
@@ -70,26 +108,53 @@ impl Policy {
     /// Reads a policy of at most 64 KiB. `{}` is the default policy; a text that says nothing at all is refused.
     pub fn parse(text: &str) -> Result<Policy, SpecError> {
         let mut policy: Policy = read::yaml(PARAMETER, text)?;
-        policy.validate()?;
-        for server in policy.servers.iter_mut().flatten() {
+        policy.validate("")?;
+        policy.canonicalise();
+        Ok(policy)
+    }
+
+    fn canonicalise(&mut self) {
+        for server in self.servers.iter_mut().flatten() {
             // In the form that a spec's host has: without brackets, and an IPv6 address in its one spelling.
             if let Ok(host) = text::host(&server.host) {
                 server.host = host;
             }
         }
-        Ok(policy)
+        self.namespaces.iter_mut().for_each(|namespaces| namespaces.policy.canonicalise());
     }
 
-    /// The servers that it names without a pattern.
+    /// It, and those of namespaces.
+    fn all(&self) -> impl Iterator<Item = &Policy> {
+        [self].into_iter().chain(self.namespaces.iter().map(|namespaces| &namespaces.policy))
+    }
+
+    /// What holds for the pods of a namespace.
+    fn of(&self, namespace: &str) -> &Policy {
+        let names = |namespaces: &&Namespaces| namespaces.names.iter().any(|pattern| matches(pattern, namespace));
+        self.namespaces.iter().find(names).map_or(self, |namespaces| &namespaces.policy)
+    }
+
+    /// Whether it says different things of different namespaces.
+    pub fn needs_namespace(&self) -> bool {
+        !self.namespaces.is_empty() || self.writable_layers.per_namespace != Share::default()
+    }
+
+    /// What the pods of a namespace may have of writable layers on one node, all together.
+    pub fn share(&self, namespace: &str) -> Share {
+        self.of(namespace).writable_layers.per_namespace
+    }
+
+    /// The servers that it names without a pattern, for any namespace.
     pub fn hosts(&self) -> impl Iterator<Item = &str> {
-        let hosts = self.servers.iter().flatten().map(|server| server.host.as_str());
-        hosts.filter(|host| !host.contains('*'))
+        let servers = self.all().flat_map(|policy| policy.servers.iter().flatten());
+        servers.map(|server| server.host.as_str()).filter(|host| !host.contains('*'))
     }
 
     /// Splits the path of an export that the policy allows into what the admin named and the rest, which a user named, and below which a
     /// user may have made symlinks. The rest is empty where the policy limits no paths of this server.
     pub fn split<'a>(&self, host: &str, path: &'a str) -> (&'a str, &'a str) {
-        let servers = self.servers.iter().flatten().filter(|server| names_host(&server.host, host));
+        let servers = self.all().flat_map(|policy| policy.servers.iter().flatten());
+        let servers = servers.filter(|server| names_host(&server.host, host));
         let exports = servers.flat_map(|server| server.exports.iter().flatten());
         let named = exports.filter(|export| covers(export, path)).map(|export| components(export)).max();
         match named {
@@ -101,15 +166,33 @@ impl Policy {
         }
     }
 
-    /// Refuses what the policy does not allow, as [`super::error::ErrorKind::Denied`].
-    pub(super) fn check(&self, mount: &Mount) -> Result<(), SpecError> {
+    /// Refuses what the policy does not allow to the pods of a namespace, as [`super::error::ErrorKind::Denied`]. Where the namespace is not
+    /// known, as when a volume is staged, what is allowed in one may pass.
+    pub(super) fn check(&self, mount: &Mount, namespace: Option<&str>) -> Result<(), SpecError> {
+        match namespace {
+            Some(namespace) => self.of(namespace).check_alone(mount),
+            None if self.namespaces.iter().any(|other| other.policy.check_alone(mount).is_ok()) => Ok(()),
+            None => self.check_alone(mount),
+        }
+    }
+
+    fn check_alone(&self, mount: &Mount) -> Result<(), SpecError> {
+        let written = mount.exports_shown().into_iter().filter(|(_, read_only)| !read_only);
+        let written: Vec<&Nfs> = written.map(|(nfs, _)| nfs).collect();
         mount.try_visit(&mut |at, mount| match mount {
             Mount::Attach(attach) => self.check_attach(&format!("{at}/attach"), attach),
             Mount::Bind(Bind { base: Base::Root, path, .. }) => {
                 self.host_paths.check(&format!("{at}/bind/path"), &format!("/{path}"))
             }
-            Mount::Nfs(nfs) => self.check_nfs(&format!("{at}/nfs"), nfs),
-            Mount::Bind(Bind { base: Base::Mount(_), .. }) | Mount::Overlay(_) => Ok(()),
+            Mount::Nfs(nfs) => {
+                let at = format!("{at}/nfs");
+                if !self.writable_exports && written.iter().any(|written| std::ptr::eq(*written, nfs)) {
+                    return Err(denied(format!("{at}/ro"), "writing to an export", ["\"ro\": true"]));
+                }
+                self.check_nfs(&at, nfs)
+            }
+            Mount::Overlay(Overlay { upper, .. }) => self.writable_layers.check(&format!("{at}/overlay"), *upper),
+            Mount::Bind(Bind { base: Base::Mount(_), .. }) => Ok(()),
         })
     }
 
@@ -121,7 +204,7 @@ impl Policy {
         }
         match &attach.device {
             Device::Local { path } => self.local_devices.check(&format!("{at}/attach/local/path"), path),
-            Device::Loopback(Loopback { base: Base::Root, path }) => {
+            Device::Loopback(Loopback { base: Base::Root, path, .. }) => {
                 self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))
             }
             Device::Loopback(Loopback { base: Base::Mount(_), .. }) => Ok(()),
@@ -145,39 +228,53 @@ impl Policy {
                 return Err(denied(format!("{at}/path"), &what, known.map(String::as_str)));
             }
         }
-        let Some(allowed) = &self.nfs_options else {
-            return Ok(());
-        };
-        for option in &nfs.options {
-            let text = option.to_string();
-            if !allowed.iter().any(|pattern| matches(pattern, &text)) {
-                let known = allowed.iter().map(String::as_str);
-                return Err(denied(format!("{at}/options"), &format!("option {}", quote(&text)), known));
-            }
+        if !self.nfs_versions.contains(&nfs.version) {
+            let known = self.nfs_versions.iter().map(|version| version.as_str());
+            return Err(denied(format!("{at}/version"), &format!("NFS {}", nfs.version), known));
         }
-        Ok(())
+        if let Some(allowed) = &self.nfs_options {
+            export::check_allowed(at, nfs, allowed)?;
+        }
+        export::check_required(at, nfs, &self.required_nfs_options)?;
+        export::check_limits(at, nfs, &self.nfs_limits)
     }
 
     /// A pattern that can never match is a mistake of the admin: better said now than denied later.
-    fn validate(&self) -> Result<(), SpecError> {
+    fn validate(&self, at: &str) -> Result<(), SpecError> {
         for (index, server) in self.servers.iter().flatten().enumerate() {
-            let at = format!("/servers/{index}");
+            let at = format!("{at}/servers/{index}");
             text::host(&server.host.replace('*', "a"))
                 .map_err(|message| SpecError::invalid(PARAMETER, &format!("{at}/host"), message))?;
             let exports = server.exports.as_deref().unwrap_or_default();
             validate_paths(&format!("{at}/exports"), exports)?;
         }
-        self.host_paths.validate("/hostPaths")?;
-        self.local_devices.validate("/localDevices")?;
-        for (index, option) in self.nfs_options.iter().flatten().enumerate() {
-            let key = option.split('=').next().unwrap_or_default();
-            if !options::keys().iter().any(|known| matches(key, known)) {
-                let message = unknown("option", key, &options::keys());
-                return Err(SpecError::invalid(PARAMETER, &format!("/nfsOptions/{index}"), message));
+        self.host_paths.validate(&format!("{at}/hostPaths"))?;
+        self.local_devices.validate(&format!("{at}/localDevices"))?;
+        let (allowed, required) = (self.nfs_options.as_deref().unwrap_or_default(), &self.required_nfs_options);
+        for (field, patterns) in [("nfsOptions", allowed), ("requiredNfsOptions", required)] {
+            for (index, pattern) in patterns.iter().enumerate() {
+                export::validate_pattern(pattern).map_err(invalid(&format!("{at}/{field}/{index}")))?;
             }
+        }
+        for (key, limit) in &self.nfs_limits {
+            export::validate_limit(key, limit).map_err(invalid(&format!("{at}/nfsLimits/{key}")))?;
+        }
+        for (index, namespaces) in self.namespaces.iter().enumerate() {
+            let at = format!("{at}/namespaces/{index}");
+            if namespaces.names.is_empty() {
+                return Err(invalid(&format!("{at}/names"))("names no namespace".into()));
+            }
+            if !namespaces.policy.namespaces.is_empty() {
+                return Err(invalid(&format!("{at}/policy/namespaces"))("is only for the outermost policy".into()));
+            }
+            namespaces.policy.validate(&format!("{at}/policy"))?;
         }
         Ok(())
     }
+}
+
+fn invalid(pointer: &str) -> impl Fn(String) -> SpecError {
+    move |message| SpecError::invalid(PARAMETER, pointer, message)
 }
 
 impl Paths {

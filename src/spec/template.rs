@@ -5,13 +5,17 @@
 //! climb.
 //!
 //! With `imagesFromClaim`, a path pattern, a claim may name its image itself, by an annotation.
+//!
+//! Who may write below an export could lead a path elsewhere by a symlink, so that none is followed for a volume whose path a claim
+//! had a say in, unless the class says `symlinks: follow`. The server follows those in the path that is mounted: of a `share`, what
+//! comes before the first component with a template is mounted, and the rest becomes part of the image's path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::Value;
 
 use super::error::{SpecError, quote};
-use super::parameters::{KNOWN, canonical};
+use super::parameters::{KNOWN, REFUSE, SYMLINKS, canonical};
 use super::{MOUNT_SPEC, json, pattern, text};
 
 /// The templates, and the parameters in which external-provisioner passes their values.
@@ -20,6 +24,9 @@ const TEMPLATES: [(&str, &str); 3] = [
     ("pvc.metadata.namespace", "csi.storage.k8s.io/pvc/namespace"),
     ("pv.metadata.name", "csi.storage.k8s.io/pv/name"),
 ];
+
+/// How a template begins.
+const START: &str = "${";
 
 /// The parameter with the pattern of the images that a claim may name.
 const IMAGES_FROM_CLAIM: &str = "imagesFromClaim";
@@ -31,6 +38,8 @@ pub struct Class {
     pub context: BTreeMap<String, String>,
     /// The claim that may name the image, where the StorageClass says so.
     pub claim: Option<NamingClaim>,
+    /// The part of the share that is opened below it: a prefix of the image's path, which is still without it.
+    below: String,
 }
 
 /// A claim that may name its image, and the images that it may name.
@@ -44,11 +53,11 @@ pub struct NamingClaim {
 impl Class {
     /// The context with the image that the claim names in `annotation`, or else with the image of the StorageClass.
     pub fn with_image(mut self, annotation: &str, image: Option<&str>) -> Result<BTreeMap<String, String>, SpecError> {
-        let Some(NamingClaim { pattern, .. }) = self.claim else { return Ok(self.context) };
+        let Some(NamingClaim { pattern, .. }) = &self.claim else { return Ok(self.whole()) };
         match image {
             Some(image) => {
                 let path = text::relative(image).map_err(|message| SpecError::invalid(annotation, "", message))?;
-                if !pattern::names_path(&pattern, &path) {
+                if !pattern::names_path(pattern, &path) {
                     let message =
                         format!("image {} is not allowed by the StorageClass; allowed: {pattern}", quote(image));
                     return Err(SpecError::denied(annotation, "", message));
@@ -63,8 +72,27 @@ impl Class {
                 return Err(SpecError::invalid(annotation, "", message));
             }
         }
-        Ok(self.context)
+        Ok(self.whole())
     }
+
+    fn whole(mut self) -> BTreeMap<String, String> {
+        if let (false, Some(image)) = (self.below.is_empty(), self.context.get_mut("image")) {
+            *image = format!("{}/{}", self.below, image.trim_start_matches('/'));
+        }
+        self.context
+    }
+}
+
+/// What of a share stands before the first component with a template, and the rest.
+fn split_share(share: &str) -> (&str, &str) {
+    let Some(template) = share.find(START) else { return (share, "") };
+    let (before, rest) = share.split_at(share[..template].rfind('/').map_or(0, |slash| slash + 1));
+    (if before.len() > 1 { before.trim_end_matches('/') } else { before }, rest.trim_end_matches('/'))
+}
+
+/// The namespace of the claim that a CreateVolume call is for, where external-provisioner names it.
+pub fn namespace(parameters: &HashMap<String, String>) -> Option<&str> {
+    parameters.get("csi.storage.k8s.io/pvc/namespace").map(String::as_str)
 }
 
 /// Reads the parameters of a CreateVolume call. What the values of the context say is left to
@@ -78,16 +106,25 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
             Some((*name, value.as_str()))
         })
         .collect();
-    let (mut context, mut pattern) = (BTreeMap::new(), None);
-    for (name, value) in canonical(parameters, &[KNOWN, &[IMAGES_FROM_CLAIM]].concat())? {
+    let (mut context, mut pattern, mut templated, mut below) = (BTreeMap::new(), None, false, String::new());
+    let parameters = canonical(parameters, &[KNOWN, &[IMAGES_FROM_CLAIM]].concat())?;
+    let follow = parameters.contains_key(SYMLINKS) && parameters[SYMLINKS] != REFUSE;
+    for (name, mut value) in parameters {
+        templated |= value.contains(START);
+        if name == "share" && !follow {
+            let (share, rest) = split_share(&value);
+            below = replace(rest, &values).map_err(|message| SpecError::invalid(name, "", message))?;
+            value = share.to_owned();
+        }
         let value = match name {
             IMAGES_FROM_CLAIM => {
+                check_stars(&value).map_err(|message| SpecError::invalid(name, "", message))?;
                 pattern = Some(replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?);
                 continue;
             }
-            MOUNT_SPEC => expand_json(&value, &values)?,
+            MOUNT_SPEC => expand_json(&value, &values, follow)?,
             "image" | "share" => replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?,
-            _ if value.contains("${") => {
+            _ if value.contains(START) => {
                 let message = "templates are only allowed in image, share and mountSpec";
                 return Err(SpecError::invalid(name, "", message));
             }
@@ -96,7 +133,10 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         context.insert(name.to_owned(), value);
     }
     let claim = pattern.map(|pattern| naming_claim(pattern, &context, &values)).transpose()?;
-    Ok(Class { context, claim })
+    if claim.is_some() || templated {
+        context.entry(SYMLINKS.to_owned()).or_insert_with(|| REFUSE.to_owned());
+    }
+    Ok(Class { context, claim, below })
 }
 
 fn naming_claim(
@@ -119,29 +159,34 @@ fn naming_claim(
 /// From a template's name to its value.
 type Values<'a> = BTreeMap<&'static str, &'a str>;
 
-fn expand_json(text: &str, values: &Values) -> Result<String, SpecError> {
+fn expand_json(text: &str, values: &Values, follow: bool) -> Result<String, SpecError> {
     // The typed reader sees what a Value hides, such as a field given twice.
     json::wire(text)?;
     let mut value: Value =
         serde_json::from_str(text).map_err(|error| SpecError::invalid(MOUNT_SPEC, "", format!("no JSON: {error}")))?;
-    replace_in(&mut value, "", values)?;
+    replace_in(&mut value, "", values, follow)?;
     Ok(value.to_string())
 }
 
 /// Only strings, never keys: after parsing, a value cannot break out of its quotes.
-fn replace_in(value: &mut Value, at: &str, values: &Values) -> Result<(), SpecError> {
+fn replace_in(value: &mut Value, at: &str, values: &Values, follow: bool) -> Result<(), SpecError> {
     match value {
+        Value::String(text) if text.contains(START) && at.ends_with("/nfs/path") && !follow => {
+            let message = "a server follows symlinks in the path of an export: put the template into the path of an image or of a \
+                           bind, or set \"symlinks: follow\"";
+            return Err(SpecError::invalid(MOUNT_SPEC, at, message));
+        }
         Value::String(text) => {
             *text = replace(text, values).map_err(|message| SpecError::invalid(MOUNT_SPEC, at, message))?;
         }
         Value::Array(items) => {
             for (index, item) in items.iter_mut().enumerate() {
-                replace_in(item, &format!("{at}/{index}"), values)?;
+                replace_in(item, &format!("{at}/{index}"), values, follow)?;
             }
         }
         Value::Object(fields) => {
             for (key, field) in fields.iter_mut() {
-                replace_in(field, &format!("{at}/{key}"), values)?;
+                replace_in(field, &format!("{at}/{key}"), values, follow)?;
             }
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
@@ -149,10 +194,27 @@ fn replace_in(value: &mut Value, at: &str, values: &Values) -> Result<(), SpecEr
     Ok(())
 }
 
+/// With a star beside it, what a namespace's claims may name is also what those of another may: `${...namespace}-*` lets `team` have the
+/// images of `team-a`.
+fn check_stars(pattern: &str) -> Result<(), String> {
+    match pattern.split('/').find(|component| component.contains(START) && component.contains('*')) {
+        Some(component) => Err(format!(
+            "{} has a template and a \"*\" in one component of the path: put a \"/\" between them",
+            quote(component)
+        )),
+        None => Ok(()),
+    }
+}
+
 fn replace(text: &str, values: &Values) -> Result<String, String> {
+    // The claim "c" of "a-b" and the claim "b-c" of "a" would be one.
+    if let Some(component) = text.split('/').find(|component| component.matches(START).count() > 1) {
+        let component = quote(component);
+        return Err(format!("{component} has two templates in one component of a path: put a \"/\" between them"));
+    }
     let mut out = String::new();
     let mut rest = text;
-    while let Some((before, after)) = rest.split_once("${") {
+    while let Some((before, after)) = rest.split_once(START) {
         let Some((name, after)) = after.split_once('}') else {
             return Err(format!("{} has a \"${{\" without its \"}}\"", quote(text)));
         };
@@ -186,7 +248,7 @@ mod tests {
     }
 
     fn expanded(pairs: &[(&str, &str)]) -> Result<BTreeMap<String, String>, SpecError> {
-        Ok(class(pairs)?.context)
+        class(pairs)?.with_image("driver/image", None)
     }
 
     const NAME: (&str, &str) = ("csi.storage.k8s.io/pvc/name", "data");
@@ -205,7 +267,8 @@ mod tests {
             PV,
         ])
         .unwrap();
-        let expected = [("image", "pvc-1/data.sqsh"), ("server", "nfs"), ("share", "/images/team")];
+        let expected =
+            [("image", "team/pvc-1/data.sqsh"), ("server", "nfs"), ("share", "/images"), ("symlinks", "refuse")];
         let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
         assert_eq!(context, BTreeMap::from(expected));
     }
@@ -229,6 +292,9 @@ mod tests {
             ("*", Some("${pvc.metadata.name}"), "templates are expanded only in the parameters"),
             ("*", None, "the claim names no image"),
             ("../*", None, "imagesFromClaim: "),
+            ("${pvc.metadata.namespace}-*", Some("team-a"), "\"*\" in one component"),
+            ("*${pvc.metadata.namespace}.sqsh", Some("a-team.sqsh"), "\"*\" in one component"),
+            ("${pvc.metadata.namespace}-${pvc.metadata.name}", Some("team-data"), "two templates in one component"),
         ] {
             let error = named(pattern, image, &[]).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
@@ -239,22 +305,57 @@ mod tests {
     }
 
     #[test]
+    fn no_symlink_is_followed_where_a_claim_had_a_say_unless_the_class_says_so() {
+        let symlinks = |pairs: &[(&str, &str)]| {
+            let context = class(&[pairs, &[NAME, NAMESPACE]].concat()).unwrap().context;
+            context.get("symlinks").cloned().unwrap_or_default()
+        };
+        assert_eq!(symlinks(&[("image", "a.sqsh")]), "");
+        assert_eq!(symlinks(&[("image", "${pvc.metadata.namespace}/a.sqsh")]), "refuse");
+        assert_eq!(symlinks(&[("imagesFromClaim", "*")]), "refuse");
+        assert_eq!(symlinks(&[("imagesFromClaim", "*"), ("symlinks", "follow")]), "follow");
+        let spec = r#"{"kind":"bind","bind":{"path":"${pvc.metadata.name}","base":"mount","mount":
+            {"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
+        assert_eq!(symlinks(&[("mountSpec", spec)]), "refuse");
+    }
+
+    #[test]
+    fn of_a_share_the_part_that_a_claim_has_a_say_in_is_opened_below_the_rest() {
+        let paths = |share: &str, more: &[(&str, &str)]| {
+            let pairs = [&[("share", share), ("image", "/i.sqsh"), NAME, NAMESPACE], more].concat();
+            let context = expanded(&pairs).unwrap();
+            format!("{} {}", context["share"], context["image"])
+        };
+        let (namespace, name) = ("${pvc.metadata.namespace}", "${pvc.metadata.name}");
+        assert_eq!(paths("/a/b", &[]), "/a/b /i.sqsh");
+        assert_eq!(paths(&format!("/a/x-{namespace}/{name}/"), &[]), "/a x-team/data/i.sqsh");
+        assert_eq!(paths(&format!("/{namespace}"), &[]), "/ team/i.sqsh");
+        assert_eq!(paths(&format!("/a/{namespace}"), &[("symlinks", "follow")]), "/a/team /i.sqsh");
+        let claim = [("imagesFromClaim", "*"), ("share", &format!("/a/{namespace}")), NAME, NAMESPACE];
+        let context = class(&claim).unwrap().with_image("driver/image", Some("mine.sqsh")).unwrap();
+        assert_eq!((context["share"].as_str(), context["image"].as_str()), ("/a", "team/mine.sqsh"));
+    }
+
+    #[test]
     fn a_mount_spec_is_expanded_as_json() {
         let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/$\u007bpvc.metadata.name}"}}"#;
-        let context = expanded(&[("mountSpec", spec), ("csi.storage.k8s.io/pvc/name", r#"a"b"#)]).unwrap();
+        let name = ("csi.storage.k8s.io/pvc/name", r#"a"b"#);
+        let error = expanded(&[("mountSpec", spec), name]).unwrap_err();
+        assert_eq!((error.pointer.as_str(), error.parameter.as_str()), ("/nfs/path", MOUNT_SPEC), "{error}");
+        let context = expanded(&[("mountSpec", spec), ("symlinks", "follow"), name]).unwrap();
         let value: Value = serde_json::from_str(&context["mountSpec"]).unwrap();
         assert_eq!(value["nfs"]["path"], "/a\"b");
     }
 
     #[test]
     fn mistakes_are_told() {
-        let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/${x}"}}"#;
+        let spec = r#"{"kind":"bind","bind":{"path":"${x}","base":"mount","mount":{"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
         for (pairs, place, message) in [
             (&[("image", "${pvc.name}")][..], "image", "known templates: ${pvc.metadata.name}, "),
             (&[("image", "${pvc.metadata.name")], "image", "without its"),
             (&[("image", "${pvc.metadata.name}")], "image", "--extra-create-metadata"),
             (&[("server", "${pvc.metadata.name}"), NAME], "server", "only allowed in"),
-            (&[("mountSpec", spec)], "mountSpec/nfs/path", "unknown template"),
+            (&[("mountSpec", spec)], "mountSpec/bind/path", "unknown template"),
             (&[("mountSpec", "{")], "mountSpec", "EOF"),
             (&[("serve", "a")], "serve", "did you mean \"server\"?"),
         ] {

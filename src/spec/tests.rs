@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use super::parameters::parse_attributes;
 use super::policy::Policy;
 use super::{
-    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Upper, json, options, schema,
-    template,
+    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json, options,
+    schema, template,
 };
 
 /// The JSON form of a mount, which the driver itself never writes.
@@ -45,7 +45,8 @@ fn to_json(mount: &Mount) -> Value {
         } }),
         Mount::Overlay(overlay) => {
             let upper = match overlay.upper {
-                Upper::Directory => json!({ "kind": "directory" }),
+                Upper::Directory { size: None } => json!({ "kind": "directory" }),
+                Upper::Directory { size: Some(size) } => json!({ "kind": "directory", "size": size.to_string() }),
                 Upper::Tmpfs { size } => json!({ "kind": "tmpfs", "size": size.to_string() }),
                 Upper::None => json!({ "kind": "none" }),
             };
@@ -74,10 +75,10 @@ fn layer() -> impl Strategy<Value = Mount> {
         let path = "[a-z]{1,5}(/[a-z]{1,5}){0,2}";
         prop_oneof![
             (path, base.clone(), any::<bool>(), any::<bool>()).prop_map(|(path, base, recursive, read_only)| {
-                Mount::Bind(Bind { path, base, recursive, read_only })
+                Mount::Bind(Bind { path, symlinks: Symlinks::Follow, base, recursive, read_only })
             }),
             (path, base, select(&FsType::ALL[..]), any::<bool>()).prop_map(|(path, base, fs_type, no_exec)| {
-                let device = Device::Loopback(Loopback { path, base });
+                let device = Device::Loopback(Loopback { path, symlinks: Symlinks::Follow, base });
                 Mount::Attach(Attach { fs_type, no_exec, device })
             }),
         ]
@@ -86,7 +87,8 @@ fn layer() -> impl Strategy<Value = Mount> {
 
 fn mount() -> impl Strategy<Value = Mount> {
     let upper = prop_oneof![
-        Just(Upper::Directory),
+        Just(Upper::default()),
+        (Upper::SMALLEST_DIRECTORY..=i64::MAX as u64).prop_map(|size| Upper::Directory { size: Some(size) }),
         Just(Upper::None),
         (1..=i64::MAX as u64).prop_map(|size| Upper::Tmpfs { size }),
     ];

@@ -1,6 +1,8 @@
 //! What can be asked of a mount and those inside it.
 
-use super::{Attach, Base, Bind, Device, Mount, Nfs, Upper};
+use std::collections::BTreeSet;
+
+use super::{Attach, Base, Bind, Device, FsType, Mount, Nfs, Overlay, Symlinks, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -27,6 +29,34 @@ impl Mount {
         }
     }
 
+    /// The exports whose files the published path shows, each with whether it shows them read-only.
+    pub fn exports_shown(&self) -> Vec<(&Nfs, bool)> {
+        self.exports_shown_by(false)
+    }
+
+    fn exports_shown_by(&self, read_only: bool) -> Vec<(&Nfs, bool)> {
+        match self {
+            Mount::Attach(_) | Mount::Bind(Bind { base: Base::Root, .. }) => Vec::new(),
+            Mount::Nfs(nfs) => vec![(nfs, read_only || nfs.read_only)],
+            Mount::Bind(Bind { base: Base::Mount(mount), read_only: own, .. }) => {
+                mount.exports_shown_by(read_only || *own)
+            }
+            Mount::Overlay(overlay) => overlay.lower.iter().flat_map(|layer| layer.exports_shown_by(true)).collect(),
+        }
+    }
+
+    /// Whether the published path is a directory of the node itself, which flags of its mount alone keep from being written to: a container
+    /// runtime may clear them (runc does since 1.2, for a container that mounts the volume read-write).
+    pub fn is_of_the_node(&self) -> bool {
+        match self {
+            Mount::Bind(Bind { base: Base::Root, .. }) => true,
+            Mount::Bind(Bind { base: Base::Mount(mount), .. }) => mount.is_of_the_node(),
+            // One layer is mounted as it is.
+            Mount::Overlay(Overlay { lower, upper: Upper::None }) => lower.len() == 1 && lower[0].is_of_the_node(),
+            Mount::Attach(_) | Mount::Nfs(_) | Mount::Overlay(_) => false,
+        }
+    }
+
     /// The image files, each before the image that it lies in.
     #[cfg(test)]
     pub fn images(&self) -> Vec<&super::Loopback> {
@@ -37,6 +67,17 @@ impl Mount {
             }
         });
         images
+    }
+
+    /// The file systems of all images, each once.
+    pub fn fs_types(&self) -> BTreeSet<FsType> {
+        let mut fs_types = BTreeSet::new();
+        self.visit("", &mut |_, mount| {
+            if let Mount::Attach(attach) = mount {
+                fs_types.insert(attach.fs_type);
+            }
+        });
+        fs_types
     }
 
     /// What takes the writes; nothing where the mount is not an overlay.
@@ -71,6 +112,27 @@ impl Mount {
                 }
             }
             Mount::Attach(Attach { device: Device::Local { .. }, .. }) | Mount::Nfs(_) => {}
+        }
+    }
+
+    /// Sets what holds for the path of every image and directory in it.
+    pub(super) fn set_symlinks(&mut self, symlinks: Symlinks) {
+        let base = match self {
+            Mount::Attach(Attach { device: Device::Loopback(image), .. }) => {
+                image.symlinks = symlinks;
+                &mut image.base
+            }
+            Mount::Bind(bind) => {
+                bind.symlinks = symlinks;
+                &mut bind.base
+            }
+            Mount::Overlay(overlay) => {
+                return overlay.lower.iter_mut().for_each(|layer| layer.set_symlinks(symlinks));
+            }
+            Mount::Attach(Attach { device: Device::Local { .. }, .. }) | Mount::Nfs(_) => return,
+        };
+        if let Base::Mount(mount) = base {
+            mount.set_symlinks(symlinks);
         }
     }
 

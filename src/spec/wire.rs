@@ -200,11 +200,11 @@ pub(super) struct MountOverlay {
 /// The writable layer of an overlay; it ends with the published path.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(transform = tmpfs_size)]
+#[schemars(transform = upper_size)]
 pub(super) struct Upper {
     #[serde(deserialize_with = "word")]
     pub kind: UpperKind,
-    /// The most a tmpfs may hold: a Kubernetes quantity above 0, such as `256Mi`.
+    /// The most that it may hold: a Kubernetes quantity, such as `256Mi`. Required of a tmpfs; of a directory at least `16Mi`.
     pub size: Option<String>,
 }
 
@@ -251,16 +251,15 @@ fn base_mount(schema: &mut Schema) {
     schema.insert("oneOf".to_owned(), branches);
 }
 
-/// A tmpfs needs a size, the others have none.
-fn tmpfs_size(schema: &mut Schema) {
+/// A tmpfs needs a size, a directory may have one.
+fn upper_size(schema: &mut Schema) {
     let branches = json!([
         {
             "properties": { "kind": { "const": "tmpfs" }, "size": { "type": "string" } },
             "required": ["size"],
         },
-        {
-            "properties": { "kind": { "enum": ["directory", "none"] }, "size": { "type": "null" } },
-        },
+        { "properties": { "kind": { "const": "directory" } } },
+        { "properties": { "kind": { "const": "none" }, "size": { "type": "null" } } },
     ]);
     schema.insert("oneOf".to_owned(), branches);
 }

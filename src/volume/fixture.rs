@@ -34,7 +34,7 @@ impl Node {
         let (kernel, directory) = (Double::new(), tempfile::tempdir().unwrap());
         std::fs::write(kernel.export().join("image.sqsh"), squashfs(4096)).unwrap();
         std::fs::create_dir_all(directory.path().join("host/srv/tools")).unwrap();
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let listener = TcpListener::bind(("0.0.0.0", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(answer_null_calls(listener));
         let policy = Arc::new(Policy::parse(policy).unwrap());
@@ -64,8 +64,13 @@ impl Node {
 
     /// The JSON of an export of the server.
     pub fn nfs(&self, path: &str) -> String {
+        self.nfs_at("127.0.0.1", path)
+    }
+
+    /// The same at another of its addresses, which are all of 127.0.0.0/8.
+    pub fn nfs_at(&self, host: &str, path: &str) -> String {
         let port = self.port;
-        format!(r#"{{"kind":"nfs","nfs":{{"host":"127.0.0.1","path":"{path}","ro":true,"options":["port={port}"]}}}}"#)
+        format!(r#"{{"kind":"nfs","nfs":{{"host":"{host}","path":"{path}","ro":true,"options":["port={port}"]}}}}"#)
     }
 
     /// The JSON of an overlay on that image.
@@ -74,7 +79,7 @@ impl Node {
     }
 
     pub fn allowed(&self, spec: &str) -> Allowed {
-        self.volumes.allow(json::parse(spec).unwrap()).unwrap()
+        self.volumes.allow(json::parse(spec).unwrap(), None).unwrap()
     }
 
     /// The target path of a pod, whose directory is there.
@@ -90,7 +95,7 @@ impl Node {
 
     pub fn publication(&self, volume_id: &str, spec: &str, pod: &str) -> Publication {
         let (mount, target) = (self.allowed(spec), self.target(pod));
-        Publication { volume_id: volume_id.into(), target, mount, read_only: false, exclusive: false }
+        Publication { volume_id: volume_id.into(), target, mount, read_only: false, namespace: None, exclusive: false }
     }
 
     pub async fn publish(&self, volume_id: &str, spec: &str, pod: &str) -> Result<PathBuf> {

@@ -13,6 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::lock::lock;
 use crate::single_flight::{Flight, Flights};
 use crate::spec::Mount;
+use crate::step::Step;
 
 /// What an operation has for itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -42,12 +43,13 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether it ends what is under way with its key, and goes ahead: what the other still waits for, it will not use. A request that
-    /// does not waits for the other's end.
-    fn supersedes(&self) -> bool {
-        match self {
-            Request::Unstage | Request::Unpublish { .. } => true,
-            Request::Stage(_) | Request::Publish(_) => false,
+    /// Whether it ends another that is under way with its key, and goes ahead: what the other still waits for, it will not use. A request
+    /// that does not waits for the other's end, as one that is about another volume does.
+    fn supersedes(&self, other: &Request) -> bool {
+        match (self, other) {
+            (Request::Unpublish { volume_id }, Request::Publish(publication)) => *volume_id == publication.volume_id,
+            (Request::Unstage, Request::Stage(_)) => true,
+            (Request::Unstage | Request::Unpublish { .. } | Request::Stage(_) | Request::Publish(_), _) => false,
         }
     }
 }
@@ -97,14 +99,14 @@ impl InFlight {
         let deadline = Instant::now() + timeout;
         let mut work = Some(work);
         loop {
-            let found = self.0.join_or_start(&key, || {
+            let found = self.0.join_or_start(&key, Step::inside(), || {
                 let lease = Lease::default();
                 Some(((request.clone(), lease.clone()), work.take()?(lease)))
             });
             // Without work left: what this call started is gone, and it was not told of an outcome.
             let Some(flight) = found else { return Err(given_up()) };
             let same = flight.note.0 == request;
-            if !same && request.supersedes() {
+            if !same && request.supersedes(&flight.note.0) {
                 self.supersede(&key, flight).await?;
                 continue;
             }
@@ -129,7 +131,7 @@ impl InFlight {
         })
         .await?;
         self.0.forget(key, &running);
-        running.answer(Err(given_up()));
+        running.give_up(Err(given_up()));
         Ok(())
     }
 }
@@ -170,7 +172,7 @@ mod tests {
     fn gated(gate: &Arc<Notify>, count: &Arc<AtomicUsize>) -> impl Future<Output = Result<()>> + Send + 'static {
         let (gate, count) = (Arc::clone(gate), Arc::clone(count));
         async move {
-            blocking::waiting_for("the server");
+            crate::step::waiting_for("the server");
             gate.notified().await;
             count.fetch_add(1, Ordering::SeqCst);
             Ok(())

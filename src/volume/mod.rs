@@ -33,16 +33,16 @@
 //! An inline volume, and any volume after a restart of the driver, is prepared by publish. Where the spec shows an export as it is,
 //! its server is asked once more before the mounts are made.
 //!
-//! **Threads.** One thread serves all calls. Whatever waits for the kernel has a thread of its own ([`crate::blocking`]): at most 16 for
-//! each NFS server, and one for each step that needs this node alone. What is dropped where a server might be waited for is dropped on
-//! yet another ([`crate::blocking::OffThread`]).
+//! **Threads.** One thread serves all calls. Whatever waits for the kernel has a thread of its own ([`crate::blocking`]): one for each
+//! step that needs this node alone, and for NFS servers as many as [`crate::places`] has. What is dropped where a server might be waited
+//! for is dropped on yet another ([`crate::blocking::OffThread`]).
 //!
 //! **Order of locks.** None is held while a server is waited for, or across an `.await`. Who holds one takes only those further down:
 //!
 //! 1. [`in_flight::Lease`], while a stage or publish changes what its key stands for, this node's disk included; what supersedes it
 //!    waits for that.
-//! 2. `recording`, while a record is written, so that of two exclusive publications the second sees the first.
-//! 3. For moments: the operations under way, the live objects of [`source`], the places of each server, the deletions of [`record`].
+//! 2. `recording`, while a record is written, so that of two that may not both be there the second sees the first.
+//! 3. For moments: the operations under way, the live objects of [`source`], the places of servers, the deletions of [`record`].
 //! 4. For moments, and each by itself: `staged`, `published`, what [`report`] remembers, the step of an operation, metrics.
 
 #[cfg(test)]
@@ -62,7 +62,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub use publication::{Publication, by_hand};
-pub use report::{Observation, Stats, Usage, status, try_overlay};
+pub use report::{Observation, Stats, Usage, status, try_overlay, waiting};
 pub use source::ask_host;
 
 use crate::blocking;
@@ -76,7 +76,7 @@ use in_flight::{InFlight, Key, Lease, Request};
 use record::Records;
 use report::Report;
 use source::mark::Mark;
-use source::{Prepared, Preparer};
+use source::{Known, Prepared, Preparer};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -117,6 +117,7 @@ pub struct Volumes {
 impl Volumes {
     /// Makes the data directory.
     pub fn new(config: Config, kernel: Arc<dyn Kernel>) -> Result<Arc<Self>> {
+        blocking::start_releasing();
         let Config { driver_name, data_dir, host_root, nfs_read_ahead, policy, timeout } = config;
         let mark = Mark::new(&driver_name);
         let records = Records::new(&data_dir)?;
@@ -136,9 +137,14 @@ impl Volumes {
         }))
     }
 
-    /// What the node's policy says to a spec.
-    pub fn allow(&self, spec: Parsed) -> Result<Allowed> {
-        Ok(spec.allowed_by(self.preparer.policy())?)
+    /// Whether the policy says different things of different namespaces, so that a pod's must be known.
+    pub fn needs_namespace(&self) -> bool {
+        self.preparer.policy().needs_namespace()
+    }
+
+    /// What the node's policy says to a spec, for a pod in a namespace where that is known.
+    pub fn allow(&self, spec: Parsed, namespace: Option<&str>) -> Result<Allowed> {
+        Ok(spec.allowed_by(self.preparer.policy(), namespace)?)
     }
 
     /// Mounts the exports and attaches the images that the volume needs, and holds them until [`Self::unstage`].
@@ -155,22 +161,67 @@ impl Volumes {
     pub async fn unstage(self: &Arc<Self>, volume_id: &str) -> Result<()> {
         let (this, id) = (Arc::clone(self), volume_id.to_owned());
         let work = |_| async move {
+            let records = this.records.clone();
+            let volume_id = id.clone();
+            let removed =
+                blocking::run("remove the record of the staged volume", move || records.remove_staged(&volume_id));
+            let removed = removed.await;
             let held = lock(&this.staged).remove(&id);
             release(held).await;
-            Ok(())
+            removed
         };
         self.in_flight.run(Key::Volume(volume_id.into()), Request::Unstage, self.timeout, work).await
     }
 
-    async fn stage_now(&self, volume_id: String, mount: Allowed, lease: Lease) -> Result<()> {
+    async fn stage_now(self: &Arc<Self>, volume_id: String, mount: Allowed, lease: Lease) -> Result<()> {
         if self.staged(&volume_id, &mount)?.is_some() {
             return Ok(());
         }
-        let held = Arc::new(self.preparer.prepare(&mount).await?);
-        lease.change(|| {
-            lock(&self.staged).insert(volume_id, (mount, held));
-            Ok(())
-        })
+        let (held, _) = self.prepare_as_before(&volume_id, &mount).await?;
+        self.keep_staged(volume_id, mount, held, lease).await
+    }
+
+    /// Holds what a volume needs, and writes down which files its images are.
+    async fn keep_staged(
+        self: &Arc<Self>,
+        volume_id: String,
+        mount: Allowed,
+        held: Arc<Prepared>,
+        lease: Lease,
+    ) -> Result<()> {
+        let this = Arc::clone(self);
+        let keep = move || {
+            lease.change(|| {
+                this.records.write_staged(&volume_id, &mount, &held.images())?;
+                Ok(lock(&this.staged).insert(volume_id, (mount, held)))
+            })
+        };
+        // What it replaced is let go of where no lock is held.
+        blocking::run("write down what is staged", keep).await.map(drop)
+    }
+
+    /// What a volume holds that an earlier process staged, and is to be published.
+    async fn staged_before(&self, volume_id: &str, mount: &Allowed) -> Result<Arc<Prepared>> {
+        let (held, known) = self.prepare_as_before(volume_id, mount).await?;
+        if known.is_empty() {
+            return Ok(held);
+        }
+        let images = held.images();
+        if images != known {
+            // Nothing had it mounted any more: from here on it is this that the volume has.
+            let (records, id, spec) = (self.records.clone(), volume_id.to_owned(), (**mount).clone());
+            blocking::run("write down what is staged", move || records.write_staged(&id, &spec, &images)).await?;
+        }
+        lock(&self.staged).entry(volume_id.to_owned()).or_insert_with(|| (mount.clone(), Arc::clone(&held)));
+        Ok(held)
+    }
+
+    /// Where an earlier process staged this volume, its images are those of then, while they are attached.
+    async fn prepare_as_before(&self, volume_id: &str, mount: &Allowed) -> Result<(Arc<Prepared>, Vec<Known>)> {
+        let (records, id, spec) = (self.records.clone(), volume_id.to_owned(), (**mount).clone());
+        let read = move || Ok::<_, Error>(records.read_staged(&id, &spec));
+        let known = blocking::run("read what was staged", read).await?;
+        Ok((Arc::new(self.preparer.prepare(mount, &known).await?), known))
     }
 
     /// What the volume holds if it is staged. After a restart of the driver nothing is.
@@ -204,12 +255,15 @@ impl Volumes {
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves
     /// a node, before it does.
     pub fn sweep(&self) {
-        if let Err(error) = self.records.empty_trash() {
-            tracing::error!(%error, "sweep");
-        }
         let (records, kernel) = (self.records.clone(), Arc::clone(&self.kernel));
         tokio::spawn(async move {
-            if let Err(error) = blocking::run("sweep", move || records.sweep(&*kernel)).await {
+            let sweep = move || {
+                records
+                    .empty_trash()
+                    .map_err(|error| Error::new(Kind::Internal, format!("empty the trash: {error}")))?;
+                records.sweep(&*kernel)
+            };
+            if let Err(error) = blocking::run("sweep", sweep).await {
                 tracing::error!(%error, "sweep");
             }
         });

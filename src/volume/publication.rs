@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::spec::Allowed;
+use crate::spec::{Allowed, Upper};
 
 /// What is asked for at one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,14 +11,21 @@ pub struct Publication {
     pub target: PathBuf,
     pub mount: Allowed,
     pub read_only: bool,
+    /// Of the pod, where the kubelet names it.
+    pub namespace: Option<String>,
     /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
     pub exclusive: bool,
 }
 
 impl Publication {
+    /// The writable layer that it gets.
+    pub fn upper(&self) -> Upper {
+        if self.read_only { Upper::None } else { self.mount.upper() }
+    }
+
     /// What a person mounts, and not the kubelet.
     pub fn by_hand(target: PathBuf, mount: Allowed, read_only: bool) -> Self {
-        Publication { volume_id: by_hand(&target), target, mount, read_only, exclusive: false }
+        Publication { volume_id: by_hand(&target), target, mount, read_only, namespace: None, exclusive: false }
     }
 }
 

@@ -15,7 +15,10 @@ use crate::blocking::{self, measured};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::mount::{DetachedMount, MountAttrFlags, open_directory};
 use crate::lock::lock;
+use crate::places::run_at;
 use crate::spec::Upper;
+use crate::spec::policy::Share;
+use crate::step::Step;
 
 impl Volumes {
     /// Mounts the volume at its target, which is made if it is not there; its parent must be.
@@ -24,10 +27,16 @@ impl Volumes {
     /// driver) is prepared for this target alone. Publishing the same again is no work; another volume, or other attributes, at
     /// a target in use is `ALREADY_EXISTS`. On any error nothing new is left behind.
     pub async fn publish(self: &Arc<Self>, publication: Publication, staged: bool) -> Result<()> {
+        if publication.mount.is_of_the_node() && !publication.read_only {
+            let message = "a directory of the node is given to who mounts it read-only, and to nobody else: set \"readOnly: true\" \
+                           where the pod names the claim, or on its inline volume (by hand: --read-only)";
+            return Err(Error::new(Kind::FailedPrecondition, message));
+        }
         let this = Arc::clone(self);
         let (key, request) = (Key::Target(publication.target.clone()), Request::Publish(publication.clone()));
+        let step = Step::for_namespace(publication.namespace.as_deref());
         let work = |lease| this.publish_now(publication, staged, lease);
-        self.in_flight.run(key, request, self.timeout, work).await
+        step.observe(self.in_flight.run(key, request, self.timeout, work)).await
     }
 
     async fn publish_now(self: Arc<Self>, publication: Publication, staged: bool, lease: Lease) -> Result<()> {
@@ -48,16 +57,21 @@ impl Volumes {
             true => self.staged(&publication.volume_id, &publication.mount)?,
             false => None,
         };
-        let held = match held {
-            Some(held) => held,
-            None => Arc::new(self.preparer.prepare(&publication.mount).await?),
+        let (held, asked) = match held {
+            Some(held) => {
+                let asked = held.probe().await;
+                (held, asked)
+            }
+            None if staged => (self.staged_before(&publication.volume_id, &publication.mount).await?, Ok(())),
+            None => (Arc::new(self.preparer.prepare(&publication.mount, &[]).await?), Ok(())),
         };
         let step = format!("mount volume {} at {}", publication.volume_id, target.display());
-        let mounted = match self.preparer.probe_shown(&publication.mount).await {
-            Ok(places) => {
+        let mounted = match asked {
+            Ok(()) => {
+                let places = held.places_to_build();
                 let (this, held) = (Arc::clone(&self), Arc::clone(&held));
                 let mount = move || this.mount_at_target(&publication, &held, &directory, &lease);
-                blocking::run_at(places, step, mount).await
+                run_at(places, step, mount).await
             }
             Err(error) => Err(error),
         };
@@ -122,6 +136,7 @@ impl Volumes {
     fn record(&self, publication: &Publication, held: &Prepared, directory: &Directory) -> Result<Recorded> {
         let _recording = lock(&self.recording);
         self.check_exclusive(publication)?;
+        self.check_share(publication)?;
         let (mut scratch, mut is_new) = (None, true);
         match directory.read()? {
             // It is of the time before the node was rebooted: the pod's scratch layer is still its own.
@@ -130,16 +145,19 @@ impl Volumes {
             Found::Record(_) | Found::Nothing => directory.remove()?,
             Found::Unreadable(unreadable) => return Err(unreadable.into()),
         }
-        let upper = if publication.read_only { Upper::None } else { publication.mount.upper() };
-        let upper = match upper {
+        let upper = match publication.upper() {
             Upper::None => None,
             Upper::Tmpfs { size } => Some(UpperLayer::Tmpfs { size }),
-            Upper::Directory => {
-                let name = scratch.get_or_insert_with(|| format!("scratch-{}", now()));
-                Some(UpperLayer::Directory(directory.scratch(name)))
+            Upper::Directory { size } => {
+                let path = directory.scratch(scratch.get_or_insert_with(|| format!("scratch-{}", now())));
+                Some(match size {
+                    None => UpperLayer::Directory(path),
+                    Some(size) => UpperLayer::File { path: path.join("layer"), size },
+                })
             }
         };
-        directory.write(&Record::new(publication, held.images(), scratch))?;
+        let images = held.images().into_iter().map(|known| (known.image, known.content)).collect();
+        directory.write(&Record::new(publication, images, scratch))?;
         Ok(Recorded { upper, is_new })
     }
 
@@ -162,6 +180,34 @@ impl Volumes {
             }
         }
         Ok(())
+    }
+
+    /// The writable layers of a namespace's pods together are no more than the policy says.
+    fn check_share(&self, publication: &Publication) -> Result<()> {
+        let Some(namespace) = &publication.namespace else { return Ok(()) };
+        let (share, upper) = (self.preparer.policy().share(namespace), publication.upper());
+        if upper == Upper::None || (share.count, share.size) == (None, None) {
+            return Ok(());
+        }
+        let (mut count, mut size) = (1, upper.size().unwrap_or_default());
+        for record in self.records.list()?.records {
+            let same = record.namespace.as_ref() == Some(namespace) && record.target != publication.target;
+            if same && record.upper() != Upper::None {
+                count += 1;
+                size = size.saturating_add(record.upper().size().unwrap_or_default());
+            }
+        }
+        let message = match share {
+            Share { count: Some(most), .. } if count > most => {
+                format!("{most} writable layers, and this would be its {count}th")
+            }
+            Share { size: Some(most), .. } if size > most => {
+                format!("{most} bytes of writable layers, and with this they would be {size}")
+            }
+            Share { .. } => return Ok(()),
+        };
+        let message = format!("the policy allows the pods of namespace {namespace} on one node {message}");
+        Err(Error::new(Kind::ResourceExhausted, message))
     }
 
     /// Unmounts the target, and removes it and its scratch layer, also while it is being published. A target that is not
@@ -187,7 +233,11 @@ impl Volumes {
         let remove = move || {
             match std::fs::remove_dir(&target) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::new(Kind::Internal, format!("remove {}: {error}", target.display())));
+                    // Something that nobody published.
+                    let foreign =
+                        matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::DirectoryNotEmpty);
+                    let kind = if foreign { Kind::FailedPrecondition } else { Kind::Internal };
+                    return Err(Error::new(kind, format!("remove target directory {}: {error}", target.display())));
                 }
                 _ => {}
             }
@@ -232,7 +282,8 @@ impl Volumes {
     async fn unmount(&self, target: &Path) -> Result<()> {
         let (kernel, path) = (Arc::clone(&self.kernel), target.to_owned());
         let unmount = move || measured("unmount", || kernel.unmount_all(&path));
-        let unmounted = blocking::release(format!("unmount {}", target.display()), unmount);
+        // On a thread of its own: what dead servers keep the others from letting go of is in the way of no pod.
+        let unmounted = blocking::run(format!("unmount {}", target.display()), unmount);
         tokio::pin!(unmounted);
         if let Ok(done) = tokio::time::timeout(RELEASE_PATIENCE, &mut unmounted).await {
             return done;

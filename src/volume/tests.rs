@@ -1,8 +1,9 @@
 //! What the core asks of the kernel, in which order and with which flags; and what it leaves when the kernel refuses.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,7 +12,9 @@ use super::fixture::{Node, squashfs, wait_for};
 use super::publication::{Publication, by_hand};
 use crate::error::Kind;
 use crate::kernel::Kernel;
+use crate::kernel::loop_device::Tag;
 use crate::kernel::mount::{NewMount, open_directory};
+use crate::spec::parameters::parse_attributes;
 
 const DIRECTORY: &str = r#"{"kind":"directory"}"#;
 
@@ -68,12 +71,53 @@ async fn an_overlay_is_put_together_out_of_sight_with_its_upper_on_the_disk() {
     assert!(upper.starts_with("bind data/published/") && upper.ends_with(" [nosuid,nodev]"), "{upper}");
     assert_eq!(one, "attach squashfs on /dev/loop0 at namespace/build-N/0-loop0");
     assert_eq!(two, "attach directory at namespace/build-N/upper");
-    let options = "source=test.csi.dev,lowerdir=0-loop0,upperdir=upper/upper,workdir=upper/work";
+    let options = "source=test.csi.dev,lowerdir=0-loop0,redirect_dir=nofollow,metacopy=off,index=off,upperdir=upper/upper,\
+                   workdir=upper/work";
     assert_eq!(*overlay, format!("mount overlay {options} [nosuid,nodev]"));
     let mut workspace = rest[..2].to_vec();
     workspace.sort();
     assert_eq!(workspace, ["unmount namespace/build-N/0-loop0", "unmount namespace/build-N/upper"], "{calls:?}");
     assert_eq!(rest[2..], ["attach overlay of 1 layers at pods/pod/mount"]);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    node.volumes.finish_deletions();
+    assert!(node.records().is_empty());
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn what_dead_servers_keep_from_being_released_is_in_the_way_of_no_unpublish() {
+    let node = Node::new().await;
+    let target = node.publish("v", &node.image(""), "pod").await.unwrap();
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let gate = Arc::new(Mutex::new(gate));
+    let stuck = |_| {
+        let gate = Arc::clone(&gate);
+        tokio::spawn(crate::blocking::release("a release that hangs", move || {
+            let _ = gate.lock().unwrap().recv();
+            Ok::<_, crate::error::Error>(())
+        }))
+    };
+    let stuck: Vec<_> = (0..200).map(stuck).collect();
+    node.volumes.unpublish("v", &target).await.unwrap();
+    assert!(!target.exists());
+    drop(open);
+    for release in stuck {
+        release.await.unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_layer_is_as_small_as_the_template_and_no_smaller() {
+    assert_eq!(crate::kernel::scratch::SMALLEST, crate::spec::Upper::SMALLEST_DIRECTORY);
+}
+
+#[tokio::test]
+async fn an_upper_with_a_size_is_a_file_system_in_a_file() {
+    let node = Node::new().await;
+    let spec = node.overlay(r#"{"kind":"directory","size":"1Gi"}"#);
+    let target = node.publish("v", &spec, "pod").await.unwrap();
+    let calls = node.log();
+    assert!(calls.contains(&"mount layer of 1073741824 bytes".to_owned()), "{calls:?}");
     node.volumes.unpublish("v", &target).await.unwrap();
     node.volumes.finish_deletions();
     assert!(node.records().is_empty());
@@ -97,11 +141,62 @@ async fn what_is_asked_for_read_only_or_without_execution_has_it_on_the_mount() 
 }
 
 #[tokio::test]
-async fn a_directory_of_the_node_is_read_only_whatever_the_spec_says() {
+async fn a_directory_of_the_node_is_given_only_to_who_mounts_it_read_only() {
     let node = Node::with("hostPaths: [/srv]", Duration::from_secs(60)).await;
-    let spec = r#"{"kind":"bind","bind":{"path":"/srv/tools","base":"root","recursive":true,"ro":false}}"#;
-    node.publish("v", spec, "pod").await.unwrap();
+    let bind = r#"{"kind":"bind","bind":{"path":"/srv/tools","base":"root","recursive":true,"ro":false}}"#;
+    let publication = Publication { read_only: true, ..node.publication("v", bind, "pod") };
+    node.volumes.publish(publication, false).await.unwrap();
     assert_eq!(node.log()[0], "bind recursively host/srv/tools [ro,nosuid,nodev]");
+    let inside = format!(r#"{{"kind":"bind","bind":{{"path":"a","base":"mount","ro":true,"mount":{bind}}}}}"#);
+    let single = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{bind}],"upper":{{"kind":"none"}}}}}}"#);
+    for spec in [bind, &inside, &single] {
+        let error = node.publish("v", spec, "other").await.unwrap_err();
+        assert_eq!(error.kind, Kind::FailedPrecondition);
+        assert!(error.message.contains("\"readOnly: true\""), "{error}");
+        assert_eq!(node.log(), [""; 0]);
+    }
+    let layer = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{bind}],"upper":{DIRECTORY}}}}}"#);
+    node.publish("w", &layer, "other").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_shown_read_only_of_a_writable_export_has_a_superblock_that_is() {
+    let node = Node::new().await;
+    let nfs = node.nfs("/images").replace(r#""ro":true"#, r#""ro":false"#);
+    let bind = format!(r#"{{"kind":"bind","bind":{{"path":"","base":"mount","ro":true,"mount":{nfs}}}}}"#);
+    let single = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{nfs}],"upper":{{"kind":"none"}}}}}}"#);
+    for (pod, spec) in [("a", &bind), ("b", &single)] {
+        let target = node.publish(pod, spec, pod).await.unwrap();
+        let log = node.log();
+        assert!(log[0].ends_with(",ro [ro,nosuid,nodev]"), "{log:?}");
+        node.volumes.unpublish(pod, &target).await.unwrap();
+        node.assert_nothing_held().await;
+        node.log();
+    }
+    node.publish("c", &nfs, "c").await.unwrap();
+    assert!(node.log()[0].ends_with("PORT [nosuid,nodev]"));
+}
+
+#[tokio::test]
+async fn a_kernel_that_makes_a_read_only_export_writable_is_told_from_others() {
+    let node = Node::new().await;
+    node.kernel.ignore_read_only();
+    let error = node.publish("v", &node.nfs("/images"), "pod").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition);
+    assert!(error.message.contains("mount 127.0.0.1:/images read-only"), "{error}");
+    node.assert_nothing_held().await;
+    // What is in an image is only read.
+    node.publish("v", &node.image(""), "pod").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_says_it_is_another_one_is_refused() {
+    let node = Node::new().await;
+    node.kernel.merge_with("127.0.0.9");
+    let error = node.publish("v", &node.image(""), "pod").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition);
+    assert!(error.message.contains("it says that it is the server at 127.0.0.9"), "{error}");
+    node.assert_nothing_held().await;
 }
 
 #[tokio::test]
@@ -167,16 +262,124 @@ async fn a_late_call_names_its_step_a_repeated_one_joins_and_unstage_does_not_wa
     assert_eq!(node.log().len(), 1, "the second call joined the first");
     node.volumes.unstage("v").await.unwrap();
     node.kernel.release();
-    // The stage goes on to its end, and finds that it may not keep what it made.
+    // What the stage waits for ends, and is let go of; nothing more is begun.
     let log = std::cell::RefCell::new(Vec::new());
     let is_unmounted = || {
         log.borrow_mut().extend(node.log());
         log.borrow().iter().any(|call| call == "unmount namespace/nfs-N")
     };
     wait_for(is_unmounted, || format!("{:?}", log.borrow())).await;
-    assert!(log.borrow().iter().any(|call| call.starts_with("mount squashfs")), "{log:?}");
+    assert!(!log.borrow().iter().any(|call| call.starts_with("mount squashfs")), "{log:?}");
     node.assert_nothing_held().await;
     assert_eq!(node.volumes.observe().await.unwrap().staged, 0);
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_below_an_overlay_takes_no_place_of_another() {
+    let node = Node::new().await;
+    node.kernel.hold("mount overlay");
+    let (slow, good) = (node.nfs_at("127.0.0.1", "/slow"), node.nfs_at("127.0.0.2", "/good"));
+    let spec = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{slow},{good}],"upper":{DIRECTORY}}}}}"#);
+    let publish = |number: usize| {
+        let publication = node.publication(&format!("v{number}"), &spec, &format!("pod-{number}"));
+        let volumes = Arc::clone(&node.volumes);
+        tokio::spawn(async move { volumes.publish(publication, false).await })
+    };
+    let publishes: Vec<_> = (0..20).map(publish).collect();
+    let stuck = Mutex::new(0);
+    let count = || {
+        let overlays = node.log().iter().filter(|call| call.starts_with("mount overlay")).count();
+        *stuck.lock().unwrap() += overlays;
+        *stuck.lock().unwrap() >= 16
+    };
+    wait_for(count, || format!("{} of 16 publishes are stuck", stuck.lock().unwrap())).await;
+    node.volumes.stage("good", &node.allowed(&node.nfs_at("127.0.0.2", "/other"))).await.unwrap();
+    node.kernel.release();
+    for publish in publishes {
+        publish.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn who_unpublishes_another_volume_ends_no_publish() {
+    let node = Node::new().await;
+    node.volumes.stage("v", &node.allowed(&node.image(""))).await.unwrap();
+    node.kernel.hold("mount squashfs");
+    let publication = node.publication("v", &node.image(""), "pod");
+    let (volumes, target) = (Arc::clone(&node.volumes), publication.target.clone());
+    let publish = tokio::spawn(async move { volumes.publish(publication, true).await });
+    wait_for(|| node.log().iter().any(|call| call.starts_with("mount squashfs source=/dev/loop0")), String::new).await;
+    let (volumes, other) = (Arc::clone(&node.volumes), target.clone());
+    let mut unpublish = tokio::spawn(async move { volumes.unpublish("w", &other).await });
+    // It waits for its turn, or would have ended the publish by now.
+    tokio::time::timeout(Duration::from_millis(50), &mut unpublish).await.unwrap_err();
+    assert!(!publish.is_finished());
+    node.kernel.release();
+    publish.await.unwrap().unwrap();
+    assert_eq!(unpublish.await.unwrap().unwrap_err().kind, Kind::NotFound);
+    node.volumes.unpublish("v", &target).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_path_that_a_claim_named_goes_through_no_symlink() {
+    let node = Node::new().await;
+    std::os::unix::fs::symlink("image.sqsh", node.kernel.export().join("link.sqsh")).unwrap();
+    let spec = node.image("").replace("image.sqsh", "link.sqsh");
+    let allowed = |symlinks: &str| {
+        let attributes = BTreeMap::from([("mountSpec".into(), spec.clone()), ("symlinks".into(), symlinks.into())]);
+        node.volumes.allow(parse_attributes(&attributes, &[]).unwrap(), None).unwrap()
+    };
+    node.volumes.stage("v", &allowed("follow")).await.unwrap();
+    let error = node.volumes.stage("w", &allowed("refuse")).await.unwrap_err();
+    assert_eq!(error.kind, Kind::PermissionDenied);
+    assert!(error.message.contains("goes through a symlink"), "{error}");
+}
+
+#[tokio::test]
+async fn a_namespace_that_waits_for_its_share_makes_no_other_wait() {
+    let node = Node::new().await;
+    node.kernel.hold("mount nfs4 source=127.0.0.1:/pit");
+    let publish = |host: &str, path: &str, namespace: &str, pod: String| {
+        let spec = node.nfs_at(host, path);
+        let publication = Publication { namespace: Some(namespace.into()), ..node.publication(&pod, &spec, &pod) };
+        let volumes = Arc::clone(&node.volumes);
+        tokio::spawn(async move { volumes.publish(publication, false).await })
+    };
+    let pits: Vec<_> =
+        (0..40).map(|pit| publish("127.0.0.1", &format!("/pit-{pit}"), "pits", format!("pit-{pit}"))).collect();
+    let asked = Mutex::new(0);
+    let all_are = || {
+        *asked.lock().unwrap() += node.kernel.log().len();
+        *asked.lock().unwrap() >= 16
+    };
+    wait_for(all_are, || format!("{} of 16 places are taken", asked.lock().unwrap())).await;
+    let late = publish("127.0.0.2", "/good", "pits", "late".into());
+    tokio::task::yield_now().await;
+    publish("127.0.0.2", "/good", "other", "other".into()).await.unwrap().unwrap();
+    node.kernel.release();
+    for publish in pits.into_iter().chain([late]) {
+        publish.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_writable_layers_of_a_namespace_are_no_more_than_the_policy_says() {
+    let policy = "writableLayers: {perNamespace: {count: 2, size: 100Mi}}";
+    let node = Node::with(policy, Duration::from_secs(60)).await;
+    let publish = async |pod: &str, namespace: &str, size: &str| {
+        let spec = node.overlay(&format!(r#"{{"kind":"tmpfs","size":"{size}"}}"#));
+        let publication = Publication { namespace: Some(namespace.into()), ..node.publication(pod, &spec, pod) };
+        node.volumes.publish(publication, false).await
+    };
+    publish("a", "team", "40Mi").await.unwrap();
+    let error = publish("b", "team", "61Mi").await.unwrap_err();
+    assert_eq!(error.kind, Kind::ResourceExhausted);
+    assert!(error.message.contains("namespace team on one node 104857600 bytes"), "{error}");
+    publish("b", "team", "60Mi").await.unwrap();
+    assert!(publish("c", "team", "1Mi").await.unwrap_err().message.contains("2 writable layers"));
+    publish("c", "other", "100Mi").await.unwrap();
+    node.volumes.unpublish("a", &node.target("a")).await.unwrap();
+    publish("d", "team", "1Mi").await.unwrap();
 }
 
 #[tokio::test]
@@ -315,6 +518,36 @@ async fn a_restarted_driver_finds_the_loop_device_of_what_is_mounted() {
     node.publish("v", &node.image(""), "other").await.unwrap();
     assert!(!node.log().iter().any(|call| call.starts_with("loop")));
     assert_eq!(node.kernel.live_loop_devices(), [0]);
+}
+
+#[tokio::test]
+async fn a_staged_volume_is_published_after_a_restart_without_its_server_and_with_the_image_it_had() {
+    let mut node = Node::new().await;
+    node.volumes.stage("v", &node.allowed(&node.image(""))).await.unwrap();
+    node.publish("v", &node.image(""), "old").await.unwrap();
+    std::fs::write(node.kernel.export().join("next"), squashfs(8192)).unwrap();
+    std::fs::rename(node.kernel.export().join("next"), node.kernel.export().join("image.sqsh")).unwrap();
+    // What the mount of the pod holds.
+    let held = node.kernel.loop_devices(&Tag::new("test.csi.dev")).unwrap();
+    node.restart();
+    node.kernel.refuse("mount nfs", Errno::CONNREFUSED);
+    wait_for(|| node.kernel.left_in_namespace().is_empty(), || "the export is still mounted".into()).await;
+    node.log();
+    node.publish("v", &node.image(""), "new").await.unwrap();
+    let mount = "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]";
+    assert_eq!(node.log(), [mount, mount, "attach squashfs on /dev/loop0 at pods/new/mount"]);
+    drop(held);
+    assert_eq!(node.kernel.live_loop_devices(), [0], "the volume is staged again");
+    for pod in ["old", "new"] {
+        node.volumes.unpublish("v", &node.target(pod)).await.unwrap();
+    }
+    node.volumes.unstage("v").await.unwrap();
+    node.assert_nothing_held().await;
+    assert_eq!(std::fs::read_dir(node.data_dir().join("staged")).unwrap().count(), 0);
+    // Nothing holds the image: it is what the server has now.
+    node.kernel.allow();
+    node.volumes.stage("v", &node.allowed(&node.image(""))).await.unwrap();
+    assert!(node.log().contains(&"loop0: an image of 8192 bytes".to_owned()));
 }
 
 #[tokio::test]

@@ -73,6 +73,18 @@ app.kubernetes.io/component: {{ . }}
 {{- ternary (printf "[%s]:%v" .address .port) (printf "%s:%v" .address .port) (contains ":" .address) -}}
 {{- end -}}
 
+{{/* Where a node serves health: its network is the kubelet's, or one of a pod that the kubelet enters from outside. */}}
+{{- define "squashfs.nodeHealthAddress" -}}
+{{- ternary "127.0.0.1" "::" .Values.node.hostNetwork -}}
+{{- end -}}
+
+{{/* Not empty where metrics.address is one of the loopback interface. */}}
+{{- define "squashfs.metricsOnLoopback" -}}
+{{- if regexMatch "(?i)^(127[.]|[0:]*:0*1$|::ffff:127[.])" .Values.metrics.address -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{/* The arguments that node and controller share. */}}
 {{- define "squashfs.commonArgs" -}}
 - --log-level={{ .Values.logLevel }}

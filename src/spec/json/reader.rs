@@ -5,8 +5,8 @@ use crate::spec::mount_options::MountOptions;
 use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
-    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
-    options, quantity, text,
+    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks,
+    Upper, options, quantity, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -106,12 +106,13 @@ impl<'a> Reader<'a> {
         if path.is_empty() {
             return Err(invalid(at, "/path", "names no file: the path of the image below the base"));
         }
-        Ok(Loopback { path, base: self.base(at, wire.base, wire.mount, depth)? })
+        Ok(Loopback { path, symlinks: Symlinks::Follow, base: self.base(at, wire.base, wire.mount, depth)? })
     }
 
     fn bind(&mut self, at: &str, Object(wire): Object<wire::MountBind>, depth: usize) -> Result<Bind, SpecError> {
         Ok(Bind {
             path: text::relative(&wire.path).map_err(wrong(at, "/path"))?,
+            symlinks: Symlinks::Follow,
             base: self.base(at, wire.base, wire.mount, depth)?,
             recursive: wire.recursive,
             read_only: wire.ro,
@@ -177,7 +178,10 @@ impl<'a> Reader<'a> {
 
 fn upper(at: &str, wire: &wire::Upper) -> Result<Upper, SpecError> {
     match (wire.kind, &wire.size) {
-        (UpperKind::Directory, None) => Ok(Upper::Directory),
+        (UpperKind::Directory, None) => Ok(Upper::Directory { size: None }),
+        (UpperKind::Directory, Some(size)) => {
+            quantity::bytes(size).and_then(Upper::directory_of).map_err(wrong(at, "/upper/size"))
+        }
         (UpperKind::None, None) => Ok(Upper::None),
         (UpperKind::Tmpfs, Some(size)) => {
             let size = quantity::bytes(size);
@@ -186,7 +190,7 @@ fn upper(at: &str, wire: &wire::Upper) -> Result<Upper, SpecError> {
         (UpperKind::Tmpfs, None) => {
             Err(invalid(at, "/upper", "missing field \"size\": the most the tmpfs may hold, such as 256Mi"))
         }
-        (_, Some(_)) => Err(invalid(at, "/upper/size", "only the kind \"tmpfs\" has a size")),
+        (UpperKind::None, Some(_)) => Err(invalid(at, "/upper/size", "what is not there has no size")),
     }
 }
 

@@ -1,8 +1,8 @@
 use super::*;
 use crate::spec::error::ErrorKind;
 use crate::spec::{
-    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
-    mount_options,
+    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay,
+    Symlinks, Upper, mount_options,
 };
 
 const SEED: &str = include_str!("../testdata/nfs-loopback.json");
@@ -32,9 +32,9 @@ fn the_image_api_s_own_example_is_read() {
     let image = Mount::Attach(Attach {
         fs_type: FsType::Squashfs,
         no_exec: false,
-        device: Device::Loopback(Loopback { path: "image.sqsh".to_owned(), base }),
+        device: Device::Loopback(Loopback { path: "image.sqsh".to_owned(), symlinks: Symlinks::Follow, base }),
     });
-    let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::Directory });
+    let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::default() });
     assert_eq!(parse(SEED), Ok(Parsed::new(mount, vec![], Form::Json)));
 }
 
@@ -62,10 +62,11 @@ fn every_sensible_nesting_is_read() {
 #[test]
 fn uppers_are_ours() {
     for (text, upper) in [
-        (r#"{"kind":"directory"}"#, Upper::Directory),
+        (r#"{"kind":"directory"}"#, Upper::default()),
+        (r#"{"kind":"directory","size":"1Gi"}"#, Upper::Directory { size: Some(1 << 30) }),
         (r#"{"kind":"none"}"#, Upper::None),
         (r#"{"kind":"tmpfs","size":"256Mi"}"#, Upper::Tmpfs { size: 256 << 20 }),
-        ("null", Upper::Directory),
+        ("null", Upper::default()),
     ] {
         let text = spec(r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":UPPER}}"#).replace("UPPER", text);
         let Mount::Overlay(overlay) = parse(&text).unwrap().mount().clone() else { panic!("no overlay") };
@@ -284,7 +285,12 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"none","size":"1Gi"}}}"#,
         "/overlay/upper/size",
-        "only the kind \"tmpfs\"",
+        "has no size",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","size":"1Mi"}}}"#,
+        "/overlay/upper/size",
+        "at least 16Mi",
     ),
 ];
 

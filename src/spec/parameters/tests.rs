@@ -117,7 +117,8 @@ fn bad_flat_values_are_told_with_the_parameter() {
         (&[("nfsOptions", "hard,,timeo=1")], "unknown option \"\""),
         (&[("nfsOptions", "hard,soft")], "contradict"),
         (&[("overlay", "dir")], "known values: none, directory, tmpfs"),
-        (&[("overlaySize", "1Gi")], "only for"),
+        (&[("overlaySize", "1Gi")], "is for"),
+        (&[("overlaySize", "1Mi"), ("overlay", "directory")], "at least 16Mi"),
         (&[("overlaySize", "0"), ("overlay", "tmpfs")], "not a size"),
         (&[("mountOptions", "rw")], "cannot be set"),
     ] {
@@ -141,9 +142,9 @@ fn a_denial_names_the_flat_parameter() {
         (&[("nfsOptions", "soft"), ("fsType", "erofs"), ("overlay", "directory")], "nfsOptions"),
         (&[], "fsType"),
     ] {
-        let error = flat_with(more, &[]).unwrap().allowed_by(&policy).unwrap_err();
+        let error = flat_with(more, &[]).unwrap().allowed_by(&policy, None).unwrap_err();
         assert!(error.is_denied());
         assert_eq!((error.parameter.as_str(), error.pointer.as_str()), (place, ""), "{error}");
     }
-    flat_with(&[("fsType", "erofs")], &[]).unwrap().allowed_by(&policy).unwrap();
+    flat_with(&[("fsType", "erofs")], &[]).unwrap().allowed_by(&policy, None).unwrap();
 }

@@ -3,7 +3,7 @@ use crate::spec::error::ErrorKind;
 use crate::spec::json;
 
 fn check(policy: &str, spec: &str) -> Result<(), SpecError> {
-    Policy::parse(policy).unwrap().check(json::parse(spec).unwrap().mount())
+    Policy::parse(policy).unwrap().check(json::parse(spec).unwrap().mount(), None)
 }
 
 fn nfs(host: &str, path: &str, option: &str) -> String {
@@ -36,8 +36,10 @@ fn assert_allowed(policy: &str, spec: &str) {
 #[test]
 fn the_example_means_what_it_says() {
     let policy = include_str!("example.yaml");
-    assert_allowed(policy, &nfs("10.0.0.1", "/anything", "timeo=600"));
-    let error = check(policy, &nfs("10.0.1.1", "/", "hard")).unwrap_err();
+    let read_only = |spec: String| spec.replace("\"host\"", "\"ro\":true,\"host\"");
+    assert_allowed(policy, &read_only(nfs("10.0.0.1", "/anything", "timeo=600")));
+    assert_denied(policy, &nfs("10.0.0.1", "/anything", "timeo=600"), "/nfs/ro");
+    let error = check(policy, &read_only(nfs("10.0.1.1", "/", "hard"))).unwrap_err();
     assert_eq!(
         error.to_string(),
         "mountSpec/nfs/host: server \"10.0.1.1\" is not allowed by the policy; allowed: nfs.example.com, 10.0.0.*",
@@ -150,6 +152,26 @@ fn mistakes_of_the_admin_are_told_at_once() {
         ("hostPaths: [srv]", "/hostPaths/0", "not an absolute path"),
         ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs"),
         ("nfsOptions: ['tmeo=*']", "/nfsOptions/0", "did you mean \"timeo\"?"),
+        ("nfsVersions: ['4']", "/nfsVersions/0", "known values: 3, 4.0, 4.1, 4.2"),
+        ("nfsVersions: [4.1]", "/nfsVersions/0", "expected a string"),
+        ("requiredNfsOptions: ['scc=*']", "/requiredNfsOptions/0", "did you mean \"sec\"?"),
+        ("nfsLimits: {hard: {max: 1}}", "/nfsLimits/hard", "option with a number"),
+        ("nfsLimits: {timeo: {min: 2, max: 1}}", "/nfsLimits/timeo", "there is nothing"),
+        ("nfsLimits: {timeo: {}}", "/nfsLimits/timeo", "limits nothing"),
+        ("writableLayers: {maxSize: lots}", "/writableLayers/maxSize", "is not a size"),
+        ("writableLayers: {kinds: [disk]}", "/writableLayers/kinds/0", "known values: directory, tmpfs"),
+        ("namespaces: [{names: [], policy: {}}]", "/namespaces/0/names", "names no namespace"),
+        ("namespaces: [{names: [a]}]", "/namespaces/0", "missing field \"policy\""),
+        (
+            "namespaces: [{names: [a], policy: {hostPaths: [srv]}}]",
+            "/namespaces/0/policy/hostPaths/0",
+            "not an absolute",
+        ),
+        (
+            "namespaces: [{names: [a], policy: {namespaces: [{names: [b], policy: {}}]}}]",
+            "/namespaces/0/policy/namespaces",
+            "only for the outermost",
+        ),
         ("servers: [", "", "no YAML"),
         ("servers: []\nservers: []", "", "duplicate"),
         ("text", "", "expected an object"),
@@ -175,4 +197,88 @@ fn nesting_is_limited() {
     for text in ["[".repeat(10_000), "{a: ".repeat(10_000), "- ".repeat(10_000)] {
         assert!(Policy::parse(&text).is_err());
     }
+}
+
+#[test]
+fn what_an_export_must_have_is_wanted_of_each() {
+    let policy = "requiredNfsOptions: ['sec=krb5*', hard]";
+    let with = |options: &str| format!(r#"{{"kind":"nfs","nfs":{{"host":"a","path":"/","options":[{options}]}}}}"#);
+    assert_allowed(policy, &with(r#""sec=krb5p","hard""#));
+    for options in [r#""sec=sys","hard""#, r#""sec=krb5""#, ""] {
+        assert_denied(policy, &with(options), "/nfs/options");
+    }
+    assert_denied(
+        "nfsVersions: ['4.1', '4.2']",
+        &nfs("a", "/", "hard").replace("\"host\"", "\"version\":\"3\",\"host\""),
+        "/nfs/version",
+    );
+    assert_allowed("nfsVersions: ['4.2']", &nfs("a", "/", "hard"));
+}
+
+#[test]
+fn numbers_have_a_floor_and_a_ceiling_also_where_they_are_left_out() {
+    let policy = "nfsLimits: {timeo: {min: 50, max: 600}, retrans: {max: 5}, nconnect: {max: 4}}";
+    for option in ["timeo=50", "timeo=600", "retrans=0", "nconnect=4", "hard"] {
+        assert_allowed(policy, &nfs("a", "/", option));
+    }
+    for option in ["timeo=1", "timeo=2147483647", "retrans=6", "nconnect=5"] {
+        assert_denied(policy, &nfs("a", "/", option), "/nfs/options");
+    }
+    assert_denied("nfsLimits: {timeo: {max: 100}}", &nfs("a", "/", "hard"), "/nfs/options");
+}
+
+#[test]
+fn exports_may_be_for_reading_alone() {
+    let policy = "writableExports: false";
+    let export = nfs("a", "/", "hard");
+    let read_only = export.replace("\"host\"", "\"ro\":true,\"host\"");
+    let bind = |nfs: &str, ro: bool| {
+        format!(r#"{{"kind":"bind","bind":{{"path":"","base":"mount","ro":{ro},"mount":{nfs}}}}}"#)
+    };
+    assert_denied(policy, &export, "/nfs/ro");
+    assert_denied(policy, &bind(&export, false), "/bind/mount/nfs/ro");
+    for spec in [read_only, bind(&export, true), format!(r#"{{"kind":"overlay","overlay":{{"lower":[{export}]}}}}"#)] {
+        assert_allowed(policy, &spec);
+    }
+}
+
+#[test]
+fn writable_layers_are_of_a_kind_and_a_size() {
+    let with = |upper: &str| {
+        format!(r#"{{"kind":"overlay","overlay":{{"upper":{upper},"lower":[{}]}}}}"#, nfs("a", "/", "hard"))
+    };
+    let (directory, small, large) = (
+        with(r#"{"kind":"directory"}"#),
+        with(r#"{"kind":"tmpfs","size":"1Gi"}"#),
+        with(r#"{"kind":"tmpfs","size":"2Gi"}"#),
+    );
+    assert_denied("writableLayers: {kinds: [tmpfs]}", &directory, "/overlay/upper/kind");
+    assert_denied("writableLayers: {kinds: []}", &small, "/overlay/upper/kind");
+    assert_allowed("writableLayers: {kinds: []}", &with(r#"{"kind":"none"}"#));
+    for policy in ["writableLayers: {maxSize: 1Gi}", "writableLayers: {perNamespace: {size: 1Gi}}"] {
+        assert_allowed(policy, &small);
+        assert_denied(policy, &large, "/overlay/upper/size");
+        assert_denied(policy, &directory, "/overlay/upper/size");
+    }
+}
+
+#[test]
+fn a_namespace_has_the_first_policy_that_names_it() {
+    let policy = Policy::parse(
+        "servers: [{host: a}]\nnamespaces: [{names: [team-a], policy: {servers: [{host: b}]}}, {names: ['team-*', \
+         other], policy: {servers: [{host: c}], writableLayers: {perNamespace: {count: 3}}}}]",
+    )
+    .unwrap();
+    let allowed = |namespace: Option<&str>| {
+        let allows =
+            |host: &&str| policy.check(json::parse(&nfs(host, "/", "hard")).unwrap().mount(), namespace).is_ok();
+        ["a", "b", "c", "d"].into_iter().filter(allows).collect::<String>()
+    };
+    assert_eq!(allowed(Some("team-a")), "b");
+    assert_eq!(allowed(Some("team-b")), "c");
+    assert_eq!(allowed(Some("other")), "c");
+    assert_eq!(allowed(Some("default")), "a");
+    assert_eq!(allowed(None), "abc", "a volume that is staged may be for any of them");
+    assert_eq!(policy.hosts().collect::<String>(), "abc");
+    assert_eq!((policy.share("other").count, policy.share("team-a").count), (Some(3), None));
 }

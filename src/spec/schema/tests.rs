@@ -15,14 +15,41 @@ pub fn is_accepted(value: &Value) -> bool {
 }
 
 #[test]
-fn the_published_schema_is_current() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("manifests/mount-spec.schema.json");
-    let text = format!("{:#}\n", schema());
-    if env::var_os("UPDATE_SCHEMA").is_some() {
-        fs::write(&path, &text).unwrap();
+fn the_published_schemas_are_current() {
+    for (name, schema) in [("mount-spec", schema()), ("policy", policy())] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("manifests/{name}.schema.json"));
+        let text = format!("{schema:#}\n");
+        if env::var_os("UPDATE_SCHEMA").is_some() {
+            fs::write(&path, &text).unwrap();
+        }
+        let published = fs::read_to_string(&path).unwrap_or_default();
+        assert!(published == text, "run 'make schema chart' and commit {}", path.display());
     }
-    let published = fs::read_to_string(&path).unwrap_or_default();
-    assert!(published == text, "run UPDATE_SCHEMA=1 cargo test and commit {}", path.display());
+}
+
+#[test]
+fn the_schema_of_the_policy_accepts_its_example_and_no_typo() {
+    let accepts = |text: &str| {
+        let (mut schemas, mut compiler) = (Schemas::new(), Compiler::new());
+        compiler.add_resource("policy.json", policy()).unwrap();
+        let index = compiler.compile("policy.json", &mut schemas).unwrap();
+        schemas.validate(&serde_yaml_ng::from_str::<Value>(text).unwrap(), index).is_ok()
+    };
+    assert!(accepts(include_str!("../policy/example.yaml")) && accepts("{}"));
+    for wrong in [
+        "severs: []",
+        "servers: [{exports: [/a]}]",
+        "servers: [{host: a, exports: [a]}]",
+        "hostPaths: maybe",
+        "nfsVersions: [4.1]",
+        "nfsLimits: {timeo: {most: 1}}",
+        "writableLayers: {kinds: [disk]}",
+        "namespaces: [{names: []}]",
+        "namespaces: [{names: [a], policy: {severs: []}}]",
+        "namespaces: [{names: [a], policy: {namespaces: []}}]",
+    ] {
+        assert!(!accepts(wrong), "{wrong}");
+    }
 }
 
 #[test]

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Record;
 use crate::kernel::image::Content;
-use crate::spec;
+use crate::spec::{self, Symlinks};
 
 /// What is written.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -27,6 +27,9 @@ struct Text {
     read_only: bool,
     #[serde(default)]
     exclusive: bool,
+    /// From version 2 on.
+    #[serde(default)]
+    namespace: Option<String>,
     #[serde(default)]
     scratch: Option<String>,
     /// Of version 0: the images' [`Loopback::content`], an image before the one that lies in it.
@@ -35,15 +38,36 @@ struct Text {
 }
 
 #[derive(Serialize, Deserialize)]
-enum Mount {
-    Attach { fs_type: String, no_exec: bool, device: Device },
-    Bind { path: String, base: Base, recursive: bool, read_only: bool },
-    Nfs { host: String, path: String, read_only: bool, version: NfsVersion, options: Vec<NfsOption> },
-    Overlay { lower: Vec<Mount>, upper: Upper },
+pub enum Mount {
+    Attach {
+        fs_type: String,
+        no_exec: bool,
+        device: Device,
+    },
+    Bind {
+        path: String,
+        /// From version 2 on.
+        #[serde(default)]
+        refuse_symlinks: bool,
+        base: Base,
+        recursive: bool,
+        read_only: bool,
+    },
+    Nfs {
+        host: String,
+        path: String,
+        read_only: bool,
+        version: NfsVersion,
+        options: Vec<NfsOption>,
+    },
+    Overlay {
+        lower: Vec<Mount>,
+        upper: Upper,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
-enum NfsVersion {
+pub enum NfsVersion {
     V3,
     V4_0,
     V4_1,
@@ -51,20 +75,23 @@ enum NfsVersion {
 }
 
 #[derive(Serialize, Deserialize)]
-struct NfsOption {
+pub struct NfsOption {
     key: String,
     value: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
-enum Device {
+pub enum Device {
     Loopback(Loopback),
     Local { path: String },
 }
 
 #[derive(Serialize, Deserialize)]
-struct Loopback {
+pub struct Loopback {
     path: String,
+    /// From version 2 on.
+    #[serde(default)]
+    refuse_symlinks: bool,
     base: Base,
     /// What the image was when it was attached.
     #[serde(default)]
@@ -72,20 +99,26 @@ struct Loopback {
 }
 
 #[derive(Serialize, Deserialize)]
-enum Base {
+pub enum Base {
     Root,
     Mount(Box<Mount>),
 }
 
 #[derive(Serialize, Deserialize)]
-enum Upper {
+pub enum Upper {
     Directory,
-    Tmpfs { size: u64 },
+    /// From version 2 on.
+    SizedDirectory {
+        size: u64,
+    },
+    Tmpfs {
+        size: u64,
+    },
     None,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
-struct Image {
+pub struct Image {
     inode: u64,
     size: u64,
     modified: u64,
@@ -109,7 +142,7 @@ pub struct Failure {
     pub is_torn: bool,
 }
 
-type Images = Vec<(spec::Loopback, Content)>;
+pub type Images = Vec<(spec::Loopback, Content)>;
 
 pub fn write(record: &Record) -> serde_json::Result<Vec<u8>> {
     serde_json::to_vec_pretty(&Text {
@@ -119,6 +152,7 @@ pub fn write(record: &Record) -> serde_json::Result<Vec<u8>> {
         mount: Mount::of(&record.mount, &record.images),
         read_only: record.read_only,
         exclusive: record.exclusive,
+        namespace: record.namespace.clone(),
         scratch: record.scratch.clone(),
         contents: Vec::new(),
     })
@@ -146,6 +180,7 @@ impl Text {
             mount: self.mount.spec(&mut images)?,
             read_only: self.read_only,
             exclusive: self.exclusive,
+            namespace: self.namespace,
             images,
             scratch: self.scratch,
         })
@@ -153,7 +188,7 @@ impl Text {
 }
 
 impl Mount {
-    fn of(mount: &spec::Mount, images: &Images) -> Mount {
+    pub fn of(mount: &spec::Mount, images: &Images) -> Mount {
         match mount {
             spec::Mount::Attach(spec::Attach { fs_type, no_exec, device }) => Mount::Attach {
                 fs_type: fs_type.as_str().to_owned(),
@@ -162,6 +197,7 @@ impl Mount {
                     spec::Device::Local { path } => Device::Local { path: path.clone() },
                     spec::Device::Loopback(image) => Device::Loopback(Loopback {
                         path: image.path.clone(),
+                        refuse_symlinks: image.symlinks == Symlinks::Refuse,
                         base: Base::of(&image.base, images),
                         content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
                             let Content { inode, size, modified } = *content;
@@ -170,8 +206,9 @@ impl Mount {
                     }),
                 },
             },
-            spec::Mount::Bind(spec::Bind { path, base, recursive, read_only }) => Mount::Bind {
+            spec::Mount::Bind(spec::Bind { path, symlinks, base, recursive, read_only }) => Mount::Bind {
                 path: path.clone(),
+                refuse_symlinks: *symlinks == Symlinks::Refuse,
                 base: Base::of(base, images),
                 recursive: *recursive,
                 read_only: *read_only,
@@ -197,7 +234,8 @@ impl Mount {
             spec::Mount::Overlay(spec::Overlay { lower, upper }) => Mount::Overlay {
                 lower: lower.iter().map(|layer| Mount::of(layer, images)).collect(),
                 upper: match upper {
-                    spec::Upper::Directory => Upper::Directory,
+                    spec::Upper::Directory { size: None } => Upper::Directory,
+                    spec::Upper::Directory { size: Some(size) } => Upper::SizedDirectory { size: *size },
                     spec::Upper::Tmpfs { size } => Upper::Tmpfs { size: *size },
                     spec::Upper::None => Upper::None,
                 },
@@ -218,15 +256,16 @@ impl Mount {
         }
     }
 
-    fn spec(self, images: &mut Images) -> Result<spec::Mount, String> {
+    pub fn spec(self, images: &mut Images) -> Result<spec::Mount, String> {
         Ok(match self {
             Mount::Attach { fs_type, no_exec, device } => spec::Mount::Attach(spec::Attach {
                 fs_type: spec::FsType::parse(&fs_type)?,
                 no_exec,
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
-                    Device::Loopback(Loopback { path, base, content }) => {
-                        let image = spec::Loopback { path, base: base.spec(images)? };
+                    Device::Loopback(Loopback { path, refuse_symlinks, base, content }) => {
+                        let symlinks = symlinks(refuse_symlinks);
+                        let image = spec::Loopback { path, symlinks, base: base.spec(images)? };
                         if let Some(Image { inode, size, modified }) = content {
                             images.push((image.clone(), Content { inode, size, modified }));
                         }
@@ -234,8 +273,9 @@ impl Mount {
                     }
                 },
             }),
-            Mount::Bind { path, base, recursive, read_only } => {
-                spec::Mount::Bind(spec::Bind { path, base: base.spec(images)?, recursive, read_only })
+            Mount::Bind { path, refuse_symlinks, base, recursive, read_only } => {
+                let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
+                spec::Mount::Bind(spec::Bind { path, symlinks, base, recursive, read_only })
             }
             Mount::Nfs { host, path, read_only, version, options } => spec::Mount::Nfs(spec::Nfs {
                 host,
@@ -252,13 +292,18 @@ impl Mount {
             Mount::Overlay { lower, upper } => spec::Mount::Overlay(spec::Overlay {
                 lower: lower.into_iter().map(|layer| layer.spec(images)).collect::<Result<_, _>>()?,
                 upper: match upper {
-                    Upper::Directory => spec::Upper::Directory,
+                    Upper::Directory => spec::Upper::Directory { size: None },
+                    Upper::SizedDirectory { size } => spec::Upper::Directory { size: Some(size) },
                     Upper::Tmpfs { size } => spec::Upper::Tmpfs { size },
                     Upper::None => spec::Upper::None,
                 },
             }),
         })
     }
+}
+
+fn symlinks(refuse: bool) -> Symlinks {
+    if refuse { Symlinks::Refuse } else { Symlinks::Follow }
 }
 
 impl Base {

@@ -1,10 +1,11 @@
 //! What the driver writes down about a published path: a hint, always checked against the kernel.
 //!
 //! Each published path has one directory below `published`, named by a hash of the path: `volume.json` ([`mod@format`]), and a scratch
-//! directory for the upper layer of an overlay. A record that cannot be read, as of a newer driver, is never removed before its path
+//! directory for the upper layer of an overlay; each staged volume has a file below `staged` ([`staged`]). A record that cannot be read, as of a newer driver, is never removed before its path
 //! is unpublished: there is a pod's scratch layer beside it.
 
 mod format;
+mod staged;
 mod trash;
 
 use std::fmt;
@@ -20,7 +21,7 @@ use super::publication::{Publication, by_hand};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::Kernel;
 use crate::kernel::image::Content;
-use crate::spec::{Loopback, Mount};
+use crate::spec::{Loopback, Mount, Upper};
 use trash::Trash;
 
 /// The record of one published path.
@@ -31,6 +32,8 @@ pub struct Record {
     pub mount: Mount,
     pub read_only: bool,
     pub exclusive: bool,
+    /// Of the pod, where it is known.
+    pub namespace: Option<String>,
     /// What each image was when it was attached.
     pub images: Vec<(Loopback, Content)>,
     /// The name of the scratch directory, if there is one: each attempt to publish has its own.
@@ -45,14 +48,20 @@ impl Record {
             mount: (*publication.mount).clone(),
             read_only: publication.read_only,
             exclusive: publication.exclusive,
+            namespace: publication.namespace.clone(),
             images,
             scratch,
         }
     }
 
+    /// The writable layer that it has.
+    pub fn upper(&self) -> Upper {
+        if self.read_only { Upper::None } else { self.mount.upper() }
+    }
+
     /// Whether it is of this publication, and of no other at the same path.
     pub fn is_of(&self, publication: &Publication) -> bool {
-        let Publication { volume_id, target, mount, read_only, exclusive } = publication;
+        let Publication { volume_id, target, mount, read_only, exclusive, namespace: _ } = publication;
         self.volume_id == *volume_id
             && self.target == *target
             && self.mount == **mount
@@ -118,12 +127,13 @@ pub struct Records {
 impl Records {
     /// Makes the directories, which only root can enter.
     pub fn new(data_dir: &Path) -> Result<Self> {
-        let path = published(data_dir);
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&path)
-            .map_err(|error| Error::file("make directory", &path, &error))?;
+        for path in [published(data_dir), staged::staged(data_dir)] {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&path)
+                .map_err(|error| Error::file("make directory", &path, &error))?;
+        }
         let path = data_dir.join("trash");
         let trash = Trash::new(path.clone()).map_err(|error| Error::file("make directory", &path, &error))?;
         Ok(Records { data_dir: data_dir.to_owned(), trash })
@@ -131,8 +141,7 @@ impl Records {
 
     /// The directory of a published path, which need not exist.
     pub fn of(&self, target: &Path) -> Directory {
-        let digest = Sha256::digest(target.as_os_str().as_encoded_bytes());
-        let name: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let name = name_of(target.as_os_str().as_encoded_bytes());
         Directory { path: published(&self.data_dir).join(name), trash: self.trash.clone() }
     }
 
@@ -156,6 +165,9 @@ impl Records {
     /// reboot, with its scratch layer, or unpublishes it. So is what was mounted by hand: its target may be where only the node's own
     /// processes look, and this one be in a container. So is what cannot be read.
     pub fn sweep(&self, kernel: &dyn Kernel) -> Result<()> {
+        if let Err(error) = self.sweep_staged() {
+            tracing::error!("sweep the records of staged volumes: {error}");
+        }
         let mounts = kernel.mounts()?;
         let List { records, unreadable } = self.list()?;
         for unreadable in unreadable {
@@ -289,6 +301,11 @@ fn write_synced(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(text)?;
     file.sync_data()
+}
+
+/// A name of fixed length for what may be any text.
+fn name_of(text: &[u8]) -> String {
+    Sha256::digest(text).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn published(data_dir: &Path) -> PathBuf {

@@ -1,7 +1,7 @@
-//! Directories on their way out: gone from their place at once, deleted in the background.
+//! Directories on their way out: gone from their place at once, deleted in the background by one thread.
 //!
-//! What pods wrote may be of any size and depth, so that deletion takes neither the caller's time nor its stack, and opens two
-//! directories at a time however deep a tree is.
+//! What pods wrote may be of any size, width and depth: nothing is listed in memory, deletion takes neither the caller's time nor its
+//! stack, and two directories are open at a time however deep a tree is.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -9,40 +9,62 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::lock::lock;
 
+/// What is not trash yet: see [`Trash::new_directory`].
+const NEW: &str = "new";
+
 /// A directory on the same file system as what is thrown into it.
 #[derive(Clone, Debug)]
 pub struct Trash {
     path: PathBuf,
+    /// When this process began: a part of names that no other process gives.
+    began: u128,
     count: Arc<AtomicU64>,
-    deletions: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    deletion: Arc<(Mutex<Deletion>, Condvar)>,
+}
+
+#[derive(Debug, Default)]
+struct Deletion {
+    /// The thread is there.
+    runs: bool,
+    /// Something was thrown since it last looked.
+    more: bool,
 }
 
 impl Trash {
     /// Makes the directory.
     pub fn new(path: PathBuf) -> io::Result<Self> {
         std::fs::create_dir_all(&path)?;
-        Ok(Trash { path, count: Arc::default(), deletions: Arc::default() })
+        let began = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+        Ok(Trash { path, began, count: Arc::default(), deletion: Arc::default() })
     }
 
     /// Deletes in the background what an earlier process left.
     pub fn sweep(&self) -> io::Result<()> {
-        let left = std::fs::read_dir(&self.path)?;
-        self.empty(left.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?);
+        let trash = open_directory(rustix::fs::CWD, self.path.as_os_str())?;
+        for entry in Dir::read_from(&trash)? {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            let mine = format!("{NEW}-{}-", self.began);
+            if is_new(name) && !name.as_encoded_bytes().starts_with(mine.as_bytes()) {
+                self.move_here(&trash, &trash, name)?;
+            }
+        }
+        self.empty();
         Ok(())
     }
 
-    /// Makes an empty directory that is trash unless it is renamed: what is put together in it appears whole or not at all.
+    /// Makes an empty directory that is trash only for a later process: what is put together in it appears whole or not at all.
     pub fn new_directory(&self) -> io::Result<PathBuf> {
         loop {
-            let path = self.path.join(self.name());
+            let path = self.path.join(format!("{NEW}-{}", self.name()));
             match std::fs::create_dir(&path) {
                 Ok(()) => return Ok(path),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -55,8 +77,8 @@ impl Trash {
     pub fn throw(&self, directory: &Path) -> io::Result<()> {
         let trash = open_directory(rustix::fs::CWD, self.path.as_os_str())?;
         match self.move_here(&trash, rustix::fs::CWD, directory.as_os_str()) {
-            Ok(name) => {
-                self.empty(vec![name]);
+            Ok(()) => {
+                self.empty();
                 Ok(())
             }
             Err(Errno::NOENT) => Ok(()),
@@ -64,63 +86,88 @@ impl Trash {
         }
     }
 
-    fn name(&self) -> OsString {
-        self.count.fetch_add(1, Ordering::Relaxed).to_string().into()
+    fn name(&self) -> String {
+        format!("{}-{}", self.began, self.count.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Gives the directory a name in the trash that nothing has.
-    fn move_here(&self, trash: &OwnedFd, from: impl rustix::fd::AsFd, name: &OsStr) -> rustix::io::Result<OsString> {
+    fn move_here(&self, trash: &OwnedFd, from: impl rustix::fd::AsFd, name: &OsStr) -> rustix::io::Result<()> {
         loop {
             let new = self.name();
             match rustix::fs::renameat_with(&from, name, trash, &new, RenameFlags::NOREPLACE) {
-                Ok(()) => return Ok(new),
                 Err(Errno::EXIST) => {}
-                Err(errno) => return Err(errno),
+                answer => return answer,
             }
         }
     }
 
-    fn empty(&self, names: Vec<OsString>) {
+    /// Sees to it that the thread looks at the trash after this.
+    fn empty(&self) {
+        let mut deletion = lock(&self.deletion.0);
+        deletion.more = true;
+        if deletion.runs {
+            return;
+        }
         let trash = self.clone();
-        // What cannot be deleted now is tried again when the driver starts anew.
-        match std::thread::Builder::new().name("trash".into()).spawn(move || trash.delete(names)) {
-            Ok(deletion) => {
-                let mut deletions = lock(&self.deletions);
-                deletions.retain(|deletion| !deletion.is_finished());
-                deletions.push(deletion);
-            }
+        // What cannot be deleted now is tried again when something else is thrown, or the driver starts anew.
+        match std::thread::Builder::new().name("trash".into()).spawn(move || trash.delete_all()) {
+            Ok(_) => deletion.runs = true,
             Err(error) => tracing::error!("delete what is in {}: start a thread: {error}", self.path.display()),
         }
     }
 
     /// Waits until what was thrown is deleted: for a process that ends.
     pub fn finish(&self) {
-        let deletions = std::mem::take(&mut *lock(&self.deletions));
-        for deletion in deletions {
-            // One that panicked has said so.
-            let _ = deletion.join();
+        let mut deletion = lock(&self.deletion.0);
+        while deletion.runs {
+            deletion = self.deletion.1.wait(deletion).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Deletes trees of the trash: a directory's directories become entries of the trash themselves. What cannot be deleted is in the
-    /// way of nothing else.
-    fn delete(&self, mut names: Vec<OsString>) {
-        let failed = |name: &OsStr, errno: Errno| {
-            tracing::error!("delete {}: {}", self.path.join(name).display(), io::Error::from(errno));
-        };
-        let trash = match open_directory(rustix::fs::CWD, self.path.as_os_str()) {
-            Ok(trash) => trash,
-            Err(errno) => return failed(OsStr::new(""), errno),
-        };
-        while let Some(name) = names.pop() {
-            match self.delete_one(&trash, &name, &mut names) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => failed(&name, errno),
+    fn delete_all(&self) {
+        loop {
+            lock(&self.deletion.0).more = false;
+            let deleted = self.delete_what_is_there();
+            let mut deletion = lock(&self.deletion.0);
+            match deleted {
+                // A directory's directories are entries of the trash now.
+                Ok(Pass { progress: true, .. }) => continue,
+                Ok(Pass { failed: Some((name, errno)), .. }) => {
+                    let (path, error) = (self.path.join(name), io::Error::from(errno));
+                    tracing::error!("delete {}: {error}: it is tried again later", path.display());
+                }
+                Ok(Pass { failed: None, .. }) => {}
+                Err(errno) => tracing::error!("list {}: {}", self.path.display(), io::Error::from(errno)),
+            }
+            if !deletion.more {
+                deletion.runs = false;
+                self.deletion.1.notify_all();
+                return;
             }
         }
     }
 
-    fn delete_one(&self, trash: &OwnedFd, name: &OsStr, directories: &mut Vec<OsString>) -> rustix::io::Result<()> {
+    /// Goes through the trash once. What cannot be deleted is in the way of nothing else.
+    fn delete_what_is_there(&self) -> rustix::io::Result<Pass> {
+        let trash = open_directory(rustix::fs::CWD, self.path.as_os_str())?;
+        let mut pass = Pass::default();
+        for entry in Dir::read_from(&trash)? {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." || is_new(name) {
+                continue;
+            }
+            match self.delete(&trash, name, &mut pass.progress) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => pass.failed = pass.failed.or(Some((name.to_owned(), errno))),
+            }
+        }
+        Ok(pass)
+    }
+
+    /// Deletes what is in a directory of the trash, and then itself. Of its own directories those that are not empty become entries of
+    /// the trash.
+    fn delete(&self, trash: &OwnedFd, name: &OsStr, progress: &mut bool) -> rustix::io::Result<()> {
         let directory = open_directory(trash, name)?;
         let mut first = Ok(());
         for entry in Dir::read_from(&directory)? {
@@ -130,14 +177,33 @@ impl Trash {
                 continue;
             }
             let deleted = match rustix::fs::unlinkat(&directory, entry, AtFlags::empty()) {
-                Err(Errno::ISDIR) => self.move_here(trash, &directory, entry).map(|name| directories.push(name)),
+                Err(Errno::ISDIR) => match rustix::fs::unlinkat(&directory, entry, AtFlags::REMOVEDIR) {
+                    Err(Errno::NOTEMPTY) => self.move_here(trash, &directory, entry),
+                    answer => answer,
+                },
                 answer => answer,
             };
+            *progress |= deleted.is_ok();
             first = first.and(deleted);
         }
         first?;
-        rustix::fs::unlinkat(trash, name, AtFlags::REMOVEDIR)
+        rustix::fs::unlinkat(trash, name, AtFlags::REMOVEDIR)?;
+        *progress = true;
+        Ok(())
     }
+}
+
+/// What came of going through the trash once.
+#[derive(Default)]
+struct Pass {
+    /// Something is gone, or nearer to it.
+    progress: bool,
+    /// The first that could not be deleted.
+    failed: Option<(OsString, Errno)>,
+}
+
+fn is_new(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(NEW.as_bytes())
 }
 
 fn open_directory(base: impl rustix::fd::AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
@@ -165,7 +231,8 @@ mod tests {
         }
         let trash = Trash::new(directory.path().join("trash")).unwrap();
         std::fs::rename(&tree, directory.path().join("trash/left")).unwrap();
-        trash.delete(vec!["left".into()]);
+        trash.sweep().unwrap();
+        trash.finish();
         assert_eq!(std::fs::read_dir(directory.path().join("trash")).unwrap().count(), 0);
         assert!(precious.join("file").exists());
         trash.throw(&tree).unwrap();
@@ -183,5 +250,36 @@ mod tests {
         }
         trash.finish();
         assert_eq!(std::fs::read_dir(directory.path().join("trash")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_put_together_is_left_alone_until_the_next_process_starts() {
+        let directory = tempfile::tempdir().unwrap();
+        let trash = Trash::new(directory.path().join("trash")).unwrap();
+        let new = trash.new_directory().unwrap();
+        std::fs::create_dir(directory.path().join("a")).unwrap();
+        trash.throw(&directory.path().join("a")).unwrap();
+        trash.finish();
+        trash.sweep().unwrap();
+        trash.finish();
+        assert!(new.exists());
+        let next = Trash::new(directory.path().join("trash")).unwrap();
+        next.sweep().unwrap();
+        next.finish();
+        assert!(!new.exists());
+    }
+
+    #[test]
+    fn what_cannot_be_deleted_is_in_the_way_of_nothing_else_and_not_tried_for_ever() {
+        let directory = tempfile::tempdir().unwrap();
+        let trash = Trash::new(directory.path().join("trash")).unwrap();
+        // No directory of a record.
+        std::fs::write(directory.path().join("trash/file"), "").unwrap();
+        for name in ["a", "b", "c"] {
+            std::fs::create_dir_all(directory.path().join(name).join("d/e/f")).unwrap();
+            trash.throw(&directory.path().join(name)).unwrap();
+        }
+        trash.finish();
+        assert_eq!(std::fs::read_dir(directory.path().join("trash")).unwrap().count(), 1);
     }
 }

@@ -6,6 +6,7 @@ mod examine;
 mod observe;
 mod stats;
 pub mod status;
+pub mod waiting;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -14,6 +14,7 @@ use crate::blocking;
 use crate::error::{Error, Kind, Result};
 use crate::kernel;
 use crate::lock::lock;
+use crate::places::run_at;
 use crate::spec::Allowed;
 use crate::volume::record::{Found, Record};
 
@@ -78,7 +79,7 @@ impl Report {
             }
         };
         // No server is asked that the policy does not allow any more.
-        let mount = match Allowed::new(record.mount.clone(), self.preparer.policy()) {
+        let mount = match Allowed::new(record.mount.clone(), self.preparer.policy(), record.namespace.as_deref()) {
             Ok(mount) => mount,
             Err(error) => return Ok(Stats { usage: None, abnormal: Some(format!("mounted once, but now: {error}")) }),
         };
@@ -106,12 +107,14 @@ impl Report {
             Err(error) => return Ok(Look::Silent(error.message)),
         };
         let (kernel, path) = (Arc::clone(&self.kernel), record.target.clone());
-        let scratch = record.scratch.as_ref().map(|name| self.records.of(&path).scratch(name));
+        // A file system of its own says by itself how full it is.
+        let counted = record.scratch.as_ref().filter(|_| record.mount.upper().size().is_none());
+        let scratch = counted.map(|name| self.records.of(&path).scratch(name));
         let look = move || match kernel.is_mount(&path)? {
             true => measure(&path, scratch.as_deref()).map(Look::Mounted),
             false => Ok(Look::Unmounted),
         };
-        blocking::run_at(places, step, look).await
+        run_at(places, step, look).await
     }
 }
 

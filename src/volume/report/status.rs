@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::waiting::{self, Waiting};
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
 use crate::kernel::loop_device::{self, Attached};
@@ -22,6 +23,11 @@ pub struct Status {
     pub loop_devices: Vec<Loop>,
     /// The threads of drivers on this node that are in the kernel now. One that stays waits for a server that does not answer.
     pub threads: Vec<WaitingThread>,
+    /// What the threads of the driver that serves the node wait for.
+    pub waiting: Vec<Waiting>,
+    /// Why it did not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub silent: Option<String>,
     pub unreadable_records: Vec<Unreadable>,
 }
 
@@ -74,12 +80,17 @@ pub struct Loop {
     pub published: usize,
 }
 
-/// Reads the driver's records, the mount table, the loop devices and the threads. Asks no server.
+/// Reads the driver's records, the mount table, the loop devices and the threads, and asks the driver that runs. Asks no server.
 pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
     let List { records, unreadable } = record::list(data_dir)?;
     let volumes = volumes(&records, &mountinfo::read()?);
     let loop_devices = loop_devices(loop_device::list(Mark::new(driver_name).tag())?, &volumes);
-    Ok(Status { volumes, loop_devices, threads: threads(), unreadable_records: unreadable })
+    // A driver that does not answer is no reason to say nothing of what it has.
+    let (waiting, silent) = match waiting::ask(data_dir) {
+        Ok(waiting) => (waiting, None),
+        Err(error) => (Vec::new(), Some(error.message)),
+    };
+    Ok(Status { volumes, loop_devices, threads: threads(), waiting, silent, unreadable_records: unreadable })
 }
 
 fn threads() -> Vec<WaitingThread> {
@@ -154,6 +165,14 @@ impl fmt::Display for Status {
                 Purpose::Release => "lets go of what a teardown left",
             };
             writeln!(f, "thread {id} of process {process} {what}, for {seconds} s (state {state})")?;
+        }
+        for Waiting { servers, step, namespace, seconds } in &self.waiting {
+            let what = if servers.is_empty() { "this node" } else { servers };
+            let whose = namespace.as_ref().map_or(String::new(), |namespace| format!(" (namespace {namespace})"));
+            writeln!(f, "waiting for {what}, for {seconds} s: {step}{whose}")?;
+        }
+        if let Some(why) = &self.silent {
+            writeln!(f, "what the driver waits for is not known: {why}")?;
         }
         for unreadable in &self.unreadable_records {
             let volume = unreadable.volume_id.as_deref().unwrap_or("?");

@@ -19,6 +19,8 @@ pub enum UpperLayer {
     Tmpfs { size: u64 },
     /// An existing directory of this published path alone, in which the upper and work directories are made.
     Directory(PathBuf),
+    /// A file of this published path alone, in which there is a file system of at most `size` bytes, or will be.
+    File { path: PathBuf, size: u64 },
 }
 
 /// Mounts `prepared`, attached nowhere; `upper` is for an overlay alone.
@@ -38,12 +40,12 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
             let directory = open_directory_beneath(&**root, path, Symlinks::Refused)?;
             kernel.bind(directory.as_fd(), *recursive, attributes(true))
         }
-        Prepared::Bind { base: PreparedBase::Mount(base), path, recursive, read_only } => {
+        Prepared::Bind { base: PreparedBase::Mount(base), path, symlinks, recursive, read_only } => {
             let base = build(base, kernel, None)?;
             in_namespace(kernel, || {
                 let workspace = Workspace::new(kernel)?;
                 workspace.attach("base", &base)?;
-                let directory = open_directory_beneath(&base, path, Symlinks::Inside)?;
+                let directory = open_directory_beneath(&base, path, *symlinks)?;
                 kernel.bind(directory.as_fd(), *recursive, attributes(*read_only))
             })?
         }
@@ -80,6 +82,7 @@ fn stack(
         None => None,
         Some(UpperLayer::Tmpfs { size }) => Some(kernel.mount(tmpfs(format!("tmpfs of {size} bytes"), Some(*size)))?),
         Some(UpperLayer::Directory(path)) => Some(kernel.bind(open_directory(path)?.as_fd(), false, CONFINED)?),
+        Some(UpperLayer::File { path, size }) => Some(measured("scratch", || kernel.scratch(path, *size))?),
     };
     let stack = || {
         let workspace = Workspace::new(kernel)?;

@@ -15,5 +15,5 @@ mod shared;
 
 pub use build::{UpperLayer, build, overlay_on};
 pub use prepare::Preparer;
-pub use prepared::Prepared;
+pub use prepared::{Known, Prepared};
 pub use probe::ask_host;

@@ -8,17 +8,18 @@ use std::sync::Arc;
 use super::build::build;
 use super::exports::Exports;
 use super::mark::Mark;
-use super::prepared::{AttachedImage, BlockDevice, ImageOnLoop, Prepared, PreparedBase};
+use super::prepared::{AttachedImage, BlockDevice, ImageOnLoop, Known, Prepared, PreparedBase};
 use super::shared::Shared;
-use crate::blocking::{self, OffThread, Places, measured};
+use crate::blocking::{self, OffThread, measured};
 use crate::error::Result;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image, ImageIdentity};
 use crate::kernel::mount::{DetachedMount, Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
 use crate::kernel::{self, Kernel};
+use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
-use crate::spec::{Allowed, Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
+use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
@@ -51,33 +52,43 @@ impl Preparer {
         &self.policy
     }
 
-    /// Asks the servers and attaches the images of `spec`, innermost first.
-    pub async fn prepare(&self, spec: &Allowed) -> Result<Prepared> {
-        self.mount(spec).await
+    /// Asks the servers and attaches the images of `spec`, innermost first. An image that is among `known` and still attached is taken as
+    /// it is, and its server is not asked.
+    pub async fn prepare(&self, spec: &Allowed, known: &[Known]) -> Result<Prepared> {
+        self.mount(spec, known, false).await
     }
 
-    fn mount<'a>(&'a self, spec: &'a Mount) -> Preparation<'a> {
+    /// `read_only` is that of what shows the mount: flags of a bind do not hold in a container, those of a superblock do.
+    fn mount<'a>(&'a self, spec: &'a Mount, known: &'a [Known], read_only: bool) -> Preparation<'a> {
         Box::pin(async move {
             Ok(match spec {
-                Mount::Nfs(nfs) => self.nfs(nfs, nfs.read_only).await?,
+                Mount::Nfs(nfs) => {
+                    let mount = self.nfs(nfs, read_only || nfs.read_only).await?;
+                    if let Prepared::Nfs { mount, .. } = &mount {
+                        mount.check_read_only()?;
+                    }
+                    mount
+                }
                 Mount::Attach(Attach { fs_type, no_exec, device }) => {
                     let file_system = file_system(*fs_type);
                     let device = match device {
-                        Device::Loopback(loopback) => BlockDevice::Loop(self.image(loopback, file_system).await?),
+                        Device::Loopback(loopback) => {
+                            BlockDevice::Loop(self.image(loopback, known, file_system).await?)
+                        }
                         Device::Local { path } => BlockDevice::Local(path.into()),
                     };
                     Prepared::FileSystem { device, file_system, no_exec: *no_exec }
                 }
-                Mount::Bind(Bind { path, base, recursive, read_only }) => Prepared::Bind {
-                    base: self.base(base).await?,
-                    path: path.clone(),
-                    recursive: *recursive,
-                    read_only: *read_only,
-                },
+                Mount::Bind(bind) => {
+                    let read_only = read_only || bind.read_only;
+                    let (base, path) = (self.base(&bind.base, known, read_only).await?, bind.path.clone());
+                    let symlinks = symlinks(&bind.base, bind.symlinks);
+                    Prepared::Bind { base, path, symlinks, recursive: bind.recursive, read_only }
+                }
                 Mount::Overlay(overlay) => {
                     let mut lower = Vec::with_capacity(overlay.lower.len());
                     for layer in &overlay.lower {
-                        lower.push(self.mount(layer).await?);
+                        lower.push(self.mount(layer, known, true).await?);
                     }
                     Prepared::Overlay { lower, source: self.mark.overlay_source() }
                 }
@@ -105,30 +116,36 @@ impl Preparer {
         (export, directory.to_owned())
     }
 
-    async fn base(&self, base: &Base) -> Result<PreparedBase> {
+    async fn base(&self, base: &Base, known: &[Known], read_only: bool) -> Result<PreparedBase> {
         Ok(match base {
             Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root)),
-            Base::Mount(mount) => PreparedBase::Mount(Box::new(self.mount(mount).await?)),
+            Base::Mount(mount) => PreparedBase::Mount(Box::new(self.mount(mount, known, read_only).await?)),
         })
     }
 
     /// The base of an image file, which is only read: an export is mounted once for images, whether its spec says `ro` or not.
-    async fn image_base(&self, base: &Base) -> Result<PreparedBase> {
+    async fn image_base(&self, base: &Base, known: &[Known]) -> Result<PreparedBase> {
         match base {
             Base::Mount(mount) => match &**mount {
                 Mount::Nfs(nfs) => Ok(PreparedBase::Mount(Box::new(self.nfs(nfs, true).await?))),
-                Mount::Attach(_) | Mount::Bind(_) | Mount::Overlay(_) => self.base(base).await,
+                Mount::Attach(_) | Mount::Bind(_) | Mount::Overlay(_) => self.base(base, known, true).await,
             },
-            Base::Root => self.base(base).await,
+            Base::Root => self.base(base, known, true).await,
         }
     }
 
     /// The loop device of an image file, which is opened, and looked at, each time: its name may mean another file by now.
-    async fn image(&self, spec: &Loopback, file_system: FileSystem) -> Result<ImageOnLoop> {
-        let base = self.image_base(&spec.base).await?;
+    async fn image(&self, spec: &Loopback, known: &[Known], file_system: FileSystem) -> Result<ImageOnLoop> {
+        if let Some(known) = known.iter().find(|known| known.image == *spec)
+            && let Some(attached) = self.still_attached(known.identity, file_system).await?
+        {
+            let places = Some(self.exports.places_of_unknown());
+            return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached, base: None, places });
+        }
+        let base = self.image_base(&spec.base, known).await?;
         let name = format!("{} ({}) of {}", spec.path, file_system.name(), spec.base);
-        let path = spec.path.clone();
-        let image = self.below(&base, format!("open image {name}"), move |base, symlinks| {
+        let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
+        let image = self.below(&base, format!("open image {name}"), move |base| {
             measured("image", || {
                 let image = Image::open(base, &path, symlinks)?;
                 image.check(&path, file_system)?;
@@ -141,31 +158,59 @@ impl Preparer {
         let attach = move || {
             let device = measured("loop", || kernel.loop_device(&image, mark.tag()))?;
             let mount = measured(file_system.name(), || kernel.mount(file_system.on(&device.path(), false)))?;
-            Ok::<_, kernel::Error>(OffThread::new(AttachedImage { _mount: mount, device }))
+            Ok::<_, kernel::Error>(OffThread::new(AttachedImage { identity, _mount: mount, device }))
         };
-        let attached = self.images.get(&identity, async { blocking::run_at(places, step, attach).await }).await;
+        let (admitted, at) = (self.exports.admit(&step).await, places.clone());
+        let make = async move {
+            let _admitted = admitted;
+            run_at(at, step, attach).await
+        };
+        let attached = self.images.get(&identity, make).await;
         let attached = attached.map_err(|error| error.about(&format!("image {name}")))?;
-        Ok(ImageOnLoop { spec: spec.clone(), content, attached, base })
+        Ok(ImageOnLoop { spec: spec.clone(), content, attached, base: Some(base), places })
     }
 
-    /// Asks the servers of the exports that a mount shows as they are, and returns the places of the last: whoever makes the mount,
-    /// or looks at it, may wait for them. `None` where images are all that is shown.
-    pub async fn probe_shown(&self, mount: &Allowed) -> Result<Option<Places>> {
-        let mut places = None;
-        for shown in mount.shown() {
-            if let Mount::Nfs(nfs) = shown {
-                places = Some(self.exports.get(&self.export(nfs).0).await?.places().clone());
-            }
+    /// The loop device that an earlier process attached, while something is mounted on it.
+    async fn still_attached(
+        &self,
+        identity: ImageIdentity,
+        file_system: FileSystem,
+    ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
+        if let Some(attached) = self.images.find(&identity) {
+            return Ok(Some(attached));
         }
-        Ok(places)
+        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
+        let look = move || {
+            let attached = kernel.loop_devices(mark.tag())?.into_iter().find(|attached| attached.identity == identity);
+            let Some(attached) = attached else { return Ok(None) };
+            // Its superblock is there: nothing is read.
+            let mount = kernel.mount(file_system.on(&attached.device.path(), false))?;
+            let device = attached.device;
+            Ok::<_, kernel::Error>(Some(OffThread::new(AttachedImage { identity, _mount: mount, device })))
+        };
+        match blocking::run("look for the image on a loop device", look).await? {
+            Some(attached) => Ok(Some(self.images.get(&identity, async { Ok(attached) }).await?)),
+            None => Ok(None),
+        }
+    }
+
+    /// Asks the servers of the exports that a mount shows as they are, and returns their places: whoever looks at the mount may wait for
+    /// them. `None` where images are all that is shown.
+    pub async fn probe_shown(&self, mount: &Allowed) -> Result<Option<Places>> {
+        let mut places = Vec::new();
+        for (nfs, read_only) in mount.exports_shown() {
+            let export = Export { read_only, ..self.export(nfs).0 };
+            places.push(self.exports.get(&export).await?.places().clone());
+        }
+        Ok(Places::of_all(places))
     }
 
     /// What an image of an allowed mount is now, for comparison with what was attached. Its server may answer or not.
     pub async fn look_at(&self, spec: &Loopback) -> Result<Content> {
-        let base = self.image_base(&spec.base).await?;
-        let path = spec.path.clone();
+        let base = self.image_base(&spec.base, &[]).await?;
+        let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
         let step = format!("look at image {} of {}", spec.path, spec.base);
-        self.below(&base, step, move |base, symlinks| Ok(Image::open(base, &path, symlinks)?.content)).await
+        self.below(&base, step, move |base| Ok(Image::open(base, &path, symlinks)?.content)).await
     }
 
     /// Runs `work` with the open base, on a thread that may wait for the base's server.
@@ -173,14 +218,11 @@ impl Preparer {
         &self,
         base: &PreparedBase,
         step: String,
-        work: impl FnOnce(&OpenBase, Symlinks) -> kernel::Result<T> + Send + 'static,
+        work: impl FnOnce(&OpenBase) -> kernel::Result<T> + Send + 'static,
     ) -> Result<T> {
         let (kernel, base, places) = (Arc::clone(&self.kernel), base.clone(), base.places());
-        let work = move || {
-            let base = OpenBase::new(base, &*kernel)?;
-            work(&base, base.symlinks())
-        };
-        blocking::run_at(places, step, work).await
+        let work = move || work(&OpenBase::new(base, &*kernel)?);
+        run_at(places, step, work).await
     }
 }
 
@@ -211,13 +253,13 @@ impl OpenBase {
             },
         })
     }
+}
 
-    /// The admin's policy compares paths of the node as text, which is true only where no symlink is followed.
-    fn symlinks(&self) -> Symlinks {
-        match self {
-            OpenBase::HostRoot(_) => Symlinks::Refused,
-            OpenBase::Directory(_) | OpenBase::Detached(_) => Symlinks::Inside,
-        }
+fn symlinks(base: &Base, asked: spec::Symlinks) -> Symlinks {
+    match (base, asked) {
+        // The admin's policy compares paths of the node as text, which is true only where no symlink is followed.
+        (Base::Root, _) | (Base::Mount(_), spec::Symlinks::Refuse) => Symlinks::Refused,
+        (Base::Mount(_), spec::Symlinks::Follow) => Symlinks::Inside,
     }
 }
 

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use super::exports::NfsMount;
 use super::mark::Layer;
-use crate::blocking::{OffThread, Places};
+use crate::blocking::OffThread;
+use crate::error::Result;
 use crate::kernel::Subject;
 use crate::kernel::file_system::FileSystem;
-use crate::kernel::image::Content;
+use crate::kernel::image::{Content, ImageIdentity};
 use crate::kernel::loop_device::LoopDevice;
-use crate::kernel::mount::DetachedMount;
+use crate::kernel::mount::{DetachedMount, Symlinks};
+use crate::places::Places;
 use crate::spec::Loopback;
 
 /// A mount whose parts are held until this is dropped.
@@ -31,6 +33,7 @@ pub enum Prepared {
     Bind {
         base: PreparedBase,
         path: String,
+        symlinks: Symlinks,
         recursive: bool,
         read_only: bool,
     },
@@ -55,13 +58,24 @@ pub struct ImageOnLoop {
     /// What the file was when it was attached.
     pub content: Content,
     pub attached: Arc<OffThread<AttachedImage>>,
-    /// Kept so that the next image of the same export finds its NFS mount.
-    pub base: PreparedBase,
+    /// Kept so that the next image of the same export finds its NFS mount. `None` for an image that an earlier process attached.
+    pub base: Option<PreparedBase>,
+    /// Of the server that is asked by who reads in the image.
+    pub places: Option<Places>,
+}
+
+/// An image of a spec, and which file it was when it was attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub image: Loopback,
+    pub content: Content,
+    pub identity: ImageIdentity,
 }
 
 /// An image on its loop device, and its file system mounted, attached nowhere: the superblock is read while its server answers,
 /// and each further mount of it asks nobody.
 pub struct AttachedImage {
+    pub identity: ImageIdentity,
     // Dropped before the device that it stands on.
     pub _mount: DetachedMount,
     pub device: LoopDevice,
@@ -92,12 +106,13 @@ impl BlockDevice {
 
 impl Prepared {
     /// The images that are attached, each with what it was then; an image inside of another comes after it.
-    pub fn images(&self) -> Vec<(Loopback, Content)> {
+    pub fn images(&self) -> Vec<Known> {
         match self {
             Prepared::Nfs { .. } | Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Vec::new(),
             Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
-                let mut images = image.base.images();
-                images.push((image.spec.clone(), image.content));
+                let mut images = image.base.as_ref().map(PreparedBase::images).unwrap_or_default();
+                let (content, identity) = (image.content, image.attached.identity);
+                images.push(Known { image: image.spec.clone(), content, identity });
                 images
             }
             Prepared::Bind { base, .. } => base.images(),
@@ -105,14 +120,40 @@ impl Prepared {
         }
     }
 
-    /// The places of the server that is asked by who reads below the mount. An overlay has those of its last lower that asks one.
+    /// The places of the servers that are asked by who reads below the mount.
     pub fn places(&self) -> Option<Places> {
         match self {
             Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
-            Prepared::FileSystem { device: BlockDevice::Loop(ImageOnLoop { base, .. }), .. }
-            | Prepared::Bind { base, .. } => base.places(),
+            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => image.places.clone(),
+            Prepared::Bind { base, .. } => base.places(),
             Prepared::FileSystem { device: BlockDevice::Local(_), .. } => None,
-            Prepared::Overlay { lower, .. } => lower.iter().rev().find_map(Prepared::places),
+            Prepared::Overlay { lower, .. } => Places::of_all(lower.iter().filter_map(Prepared::places)),
+        }
+    }
+
+    /// The places of the servers that are asked by [`super::build()`]: an image is mounted already, and a directory is looked for.
+    pub fn places_to_build(&self) -> Option<Places> {
+        match self {
+            Prepared::Nfs { .. } | Prepared::Bind { .. } => self.places(),
+            Prepared::FileSystem { .. } => None,
+            Prepared::Overlay { lower, .. } => Places::of_all(lower.iter().filter_map(Prepared::places_to_build)),
+        }
+    }
+
+    /// Asks the servers of what [`super::build()`] shows as it is.
+    pub async fn probe(&self) -> Result<()> {
+        for mount in self.exports_shown() {
+            mount.probe().await?;
+        }
+        Ok(())
+    }
+
+    fn exports_shown(&self) -> Vec<&NfsMount> {
+        match self {
+            Prepared::Nfs { mount, .. } => vec![mount],
+            Prepared::Bind { base: PreparedBase::Mount(base), .. } => base.exports_shown(),
+            Prepared::Bind { base: PreparedBase::HostRoot(_), .. } | Prepared::FileSystem { .. } => Vec::new(),
+            Prepared::Overlay { lower, .. } => lower.iter().flat_map(Prepared::exports_shown).collect(),
         }
     }
 
@@ -131,7 +172,7 @@ impl Prepared {
 }
 
 impl PreparedBase {
-    fn images(&self) -> Vec<(Loopback, Content)> {
+    fn images(&self) -> Vec<Known> {
         match self {
             PreparedBase::Mount(mount) => mount.images(),
             PreparedBase::HostRoot(_) => Vec::new(),

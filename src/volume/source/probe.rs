@@ -8,11 +8,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::resolve;
-use crate::blocking::waiting_for;
 use crate::error::Kind;
 use crate::kernel::nfs::{self, Export, Version};
 use crate::kernel::{Error, Result, Subject};
 use crate::metrics::{self, Timer};
+use crate::step::waiting_for;
 
 /// How long a server may take to answer before it counts as dead.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -4,12 +4,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use hickory_resolver::config::{NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::NetError;
+use hickory_resolver::system_conf::read_system_conf;
 
-use crate::blocking::waiting_for;
 use crate::error::{Error, Kind, Result};
 use crate::metrics::Timer;
+use crate::step::waiting_for;
 
 /// How long a name server may take; its own retries are inside of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -39,10 +40,38 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
 }
 
 async fn look_up(host: &str) -> std::result::Result<Vec<IpAddr>, NetError> {
-    let builder = TokioResolver::builder_tokio().unwrap_or_else(|error| {
+    let (config, options) = read_system_conf().unwrap_or_else(|error| {
         tracing::debug!(%error, "/etc/resolv.conf names no name server: the node's own is asked, see resolv.conf(5)");
         let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
-        TokioResolver::builder_with_config(ResolverConfig::from_parts(None, Vec::new(), vec![own]), Default::default())
+        (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
     });
-    Ok(builder.build()?.lookup_ip(host).await?.iter().collect())
+    let builder = TokioResolver::builder_with_config(config_for(host, config), Default::default());
+    Ok(builder.with_options(options).build()?.lookup_ip(host).await?.iter().collect())
+}
+
+/// A name with a dot is looked for as it is. A search domain of the cluster would let a Service of any tenant answer for it: `nas.corp`
+/// is in `svc.cluster.local` the Service `nas` of the namespace `corp`.
+fn config_for(host: &str, config: ResolverConfig) -> ResolverConfig {
+    match host.contains('.') {
+        true => ResolverConfig::from_parts(None, Vec::new(), config.name_servers().to_vec()),
+        false => config,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_resolver::system_conf::parse_resolv_conf;
+
+    #[test]
+    fn a_name_with_a_dot_is_looked_for_in_no_search_domain() {
+        let text = "nameserver 10.96.0.10\nsearch default.svc.cluster.local svc.cluster.local\noptions ndots:5\n";
+        let searched = |host| {
+            let (config, _) = parse_resolv_conf(text).unwrap();
+            let config = config_for(host, config);
+            assert_eq!(config.name_servers().len(), 1);
+            config.search().len()
+        };
+        assert_eq!((searched("nas.corp"), searched("nas")), (0, 2));
+    }
 }

@@ -14,8 +14,8 @@ fn golden(version: u32) -> BTreeMap<String, String> {
     files.map(|path| (name(&path), std::fs::read_to_string(path).unwrap())).collect()
 }
 
-/// The volumes of which every version has a record, made of what users wrote.
-fn volumes() -> BTreeMap<&'static str, Record> {
+/// The volumes of which a version has a record, made of what users wrote.
+fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let nfs = r#"{"kind":"nfs","nfs":{"path":"/images","host":"fd00:99::2","ro":true,"version":"3",
         "options":["hard","timeo=600"]}}"#;
     let everything = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"64Mi"},"lower":[
@@ -39,7 +39,7 @@ fn volumes() -> BTreeMap<&'static str, Record> {
         let images = order.iter().filter_map(|&at| images.get(at).cloned()).zip((1..).map(content)).collect();
         let target = format!("/var/lib/kubelet/pods/{name}/mount").into();
         let volume_id = format!("pvc-{name}");
-        Record { volume_id, target, mount, read_only: false, exclusive: false, images, scratch: None }
+        Record { volume_id, target, mount, read_only: false, exclusive: false, namespace: None, images, scratch: None }
     };
     let scratch = Some("scratch-1764109200000000001".into());
     let seed = include_str!("../../../spec/testdata/nfs-loopback.json");
@@ -48,7 +48,18 @@ fn volumes() -> BTreeMap<&'static str, Record> {
     let flat = flat.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>();
     let flat = parse_attributes(&flat, &[]).unwrap().mount().clone();
     let image = flat.images()[0].clone();
-    BTreeMap::from([
+    let claim = r#"{"kind":"bind","bind":{"path":"opt","base":"mount","mount":{"kind":"attach","attach":{"fs_type":"squashfs",
+        "attach":{"kind":"loopback","loopback":{"path":"a.sqsh","base":"mount","mount":NFS}}}}}}"#;
+    let claim = [("mountSpec", claim.replace("NFS", nfs)), ("symlinks", "refuse".into())];
+    let claim = claim.map(|(key, value)| (key.to_owned(), value));
+    let claim = parse_attributes(&BTreeMap::from(claim), &[]).unwrap().mount().clone();
+    let claim = Record { mount: claim, namespace: Some("team".into()), ..record("claim", seed) };
+    let sized = seed.replace(r#""lower""#, r#""upper": {"kind": "directory", "size": "10Gi"}, "lower""#);
+    assert_ne!(sized, seed);
+    let since = BTreeMap::from([("claim", 2), ("sized", 2)]);
+    let mut volumes = BTreeMap::from([
+        ("claim", Record { images: Vec::new(), ..claim }),
+        ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
         ("stacked", Record { read_only: true, ..record("stacked", stacked) }),
@@ -60,19 +71,22 @@ fn volumes() -> BTreeMap<&'static str, Record> {
                 mount: flat,
                 read_only: true,
                 exclusive: false,
+                namespace: None,
                 images: vec![(image, Content { inode: 1, size: 2, modified: 3 })],
                 scratch: None,
             },
         ),
-    ])
+    ]);
+    volumes.retain(|name, _| since.get(name).is_none_or(|&since| since <= version));
+    volumes
 }
 
 #[test]
 fn a_record_of_every_version_is_read() {
     for version in 0..=VERSION {
         let golden = golden(version);
-        assert_eq!(golden.len(), volumes().len());
-        for (name, expected) in volumes() {
+        assert_eq!(golden.len(), volumes(version).len());
+        for (name, expected) in volumes(version) {
             let sorted = |mut record: Record| {
                 record.images.sort_by_key(|(image, _)| image.path.clone());
                 record
@@ -89,11 +103,11 @@ fn what_is_written_is_the_present_version() {
     if std::env::var_os("NEW_GOLDEN").is_some() {
         let directory = format!("{}/src/volume/record/golden/version-{VERSION}", env!("CARGO_MANIFEST_DIR"));
         std::fs::create_dir(&directory).unwrap();
-        for (name, record) in volumes() {
+        for (name, record) in volumes(VERSION) {
             std::fs::write(format!("{directory}/{name}.json"), write(&record).unwrap()).unwrap();
         }
     }
-    for (name, record) in volumes() {
+    for (name, record) in volumes(VERSION) {
         let text = String::from_utf8(write(&record).unwrap()).unwrap();
         assert_eq!(golden(VERSION)[name], text, "{name}: a change of the format is a new version");
     }
@@ -101,10 +115,10 @@ fn what_is_written_is_the_present_version() {
 
 #[test]
 fn of_a_record_that_cannot_be_read_volume_and_target_are_told() {
-    let newer = br#"{"version": 2, "volumeId": "v", "target": "/t", "mount": "?"}"#;
+    let newer = br#"{"version": 3, "volumeId": "v", "target": "/t", "mount": "?"}"#;
     let failure = read(newer).unwrap_err();
     assert_eq!((failure.head.volume_id.as_deref(), failure.head.target), (Some("v"), Some("/t".into())));
-    assert!(failure.why.contains("version 2, and this driver reads up to 1"), "{}", failure.why);
+    assert!(failure.why.contains("version 3, and this driver reads up to 2"), "{}", failure.why);
     let spoilt = br#"{"version": 1, "volumeId": "v", "target": "/t", "readOnly": false, "mount": {"Ufo": {}}}"#;
     assert_eq!(read(spoilt).unwrap_err().head.volume_id.as_deref(), Some("v"));
     for text in ["", "{", "[]", "null", "{\"version\": -1}"] {

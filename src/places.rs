@@ -1,0 +1,300 @@
+//! How many threads may wait for NFS servers: a dead server takes some, and never those of another.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::oneshot;
+
+use crate::blocking::{self, Work};
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::step;
+
+/// For one server, or for one set of servers that are asked together.
+const SERVER: usize = 16;
+/// For all of them. From half of it on, each server has one.
+const ALL: usize = 128;
+/// For the pods of one namespace.
+const NAMESPACE: usize = 32;
+
+/// All places of a process.
+#[derive(Debug, Default)]
+pub struct Table(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    all: usize,
+    /// Who has none has no entry.
+    servers: HashMap<Servers, usize>,
+    namespaces: HashMap<Arc<str>, usize>,
+    queue: VecDeque<Turn>,
+}
+
+/// Who waits for a place, first come first.
+#[derive(Debug)]
+struct Turn {
+    user: User,
+    turn: oneshot::Sender<Place>,
+}
+
+/// Whom a place counts for.
+#[derive(Clone, Debug)]
+struct User {
+    servers: Servers,
+    namespace: Option<Arc<str>>,
+}
+
+type Servers = Arc<BTreeSet<IpAddr>>;
+
+/// The threads that may wait for these servers. What asks several at once has places of its own: where one of them is dead it takes
+/// none of the others'.
+#[derive(Clone, Debug)]
+pub struct Places {
+    table: Arc<Table>,
+    servers: Servers,
+}
+
+impl Places {
+    pub fn new(table: &Arc<Table>, server: IpAddr) -> Self {
+        Places { table: Arc::clone(table), servers: Arc::new([server].into()) }
+    }
+
+    /// Those of all servers that something asks; `None` where it asks none.
+    pub fn of_all(places: impl IntoIterator<Item = Places>) -> Option<Places> {
+        places.into_iter().reduce(|one, other| Places {
+            servers: Arc::new(one.servers.union(&other.servers).copied().collect()),
+            table: one.table,
+        })
+    }
+
+    /// Runs `work` on a thread of its own, once there is a place; that is taken until `work` ends, whoever still waits for it.
+    pub async fn run<T, E>(&self, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+    where
+        T: Send + 'static,
+        E: Into<Error> + Send + 'static,
+    {
+        let step = step.into();
+        let place = self.take(&step).await;
+        let servers = self.servers.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ");
+        blocking::run_for(&servers, step, move || {
+            let _place = place;
+            work()
+        })
+        .await
+    }
+
+    async fn take(&self, step: &str) -> Place {
+        let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
+        take(&self.table, user, step).await
+    }
+}
+
+/// A namespace's part in work that others join: it is waited for before that begins, so that nobody of another namespace waits for it,
+/// and held until that ends. `None` where the namespace is not known.
+pub async fn admit(table: &Arc<Table>, step: &str) -> Option<Place> {
+    let namespace = Some(step::namespace()?);
+    Some(take(table, User { servers: Arc::default(), namespace }, step).await)
+}
+
+async fn take(table: &Arc<Table>, user: User, step: &str) -> Place {
+    let waits = {
+        let mut state = lock(&table.0);
+        if state.has_room(&user) {
+            return state.take(table, user);
+        }
+        let (turn, waits) = oneshot::channel();
+        state.queue.retain(|turn| !turn.turn.is_closed());
+        state.queue.push_back(Turn { user, turn });
+        waits
+    };
+    step::waiting_for(format!("{step} (after others that wait for this server, or for too many servers)"));
+    waits.await.expect("a turn is taken from the queue to be given its place")
+}
+
+/// [`Places::run`] for `work` that asks a server, else [`blocking::run`].
+pub async fn run_at<T, E>(places: Option<Places>, step: impl Into<String>, work: impl Work<T, E>) -> Result<T>
+where
+    T: Send + 'static,
+    E: Into<Error> + Send + 'static,
+{
+    match places {
+        Some(places) => places.run(step, work).await,
+        None => blocking::run(step, work).await,
+    }
+}
+
+impl State {
+    fn has_room(&self, user: &User) -> bool {
+        let namespace = user.namespace.as_ref().and_then(|namespace| self.namespaces.get(namespace).copied());
+        let server = self.servers.get(&user.servers).copied().unwrap_or_default();
+        namespace.unwrap_or_default() < NAMESPACE
+            && (user.servers.is_empty() || server < SERVER && self.all < ALL && (server == 0 || self.all < ALL / 2))
+    }
+
+    fn take(&mut self, table: &Arc<Table>, user: User) -> Place {
+        if !user.servers.is_empty() {
+            self.all += 1;
+            *self.servers.entry(Arc::clone(&user.servers)).or_default() += 1;
+        }
+        if let Some(namespace) = &user.namespace {
+            *self.namespaces.entry(Arc::clone(namespace)).or_default() += 1;
+        }
+        Place { table: Arc::clone(table), user }
+    }
+
+    fn give_back(&mut self, user: &User) {
+        if !user.servers.is_empty() {
+            self.all -= 1;
+            release(&mut self.servers, &user.servers);
+        }
+        if let Some(namespace) = &user.namespace {
+            release(&mut self.namespaces, namespace);
+        }
+    }
+}
+
+fn release<K: Eq + std::hash::Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// One thread's, or a namespace's part in what is shared; given back when dropped.
+#[derive(Debug)]
+pub struct Place {
+    table: Arc<Table>,
+    user: User,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut given = Vec::new();
+        let mut state = lock(&self.table.0);
+        state.give_back(&self.user);
+        state.queue.retain(|turn| !turn.turn.is_closed());
+        while let Some(next) = state.queue.iter().position(|turn| state.has_room(&turn.user)) {
+            let Some(Turn { user, turn }) = state.queue.remove(next) else { break };
+            given.push((turn, state.take(&self.table, user)));
+        }
+        drop(state);
+        for (turn, place) in given {
+            // Who went away in this moment gives it back here, where the lock is free again.
+            drop(turn.send(place));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::Step;
+    use std::sync::mpsc;
+
+    fn server(number: u8) -> IpAddr {
+        [10, 0, 0, number].into()
+    }
+
+    /// Work that ends when the sender goes.
+    fn stuck(gate: &Arc<Mutex<mpsc::Receiver<()>>>) -> impl Work<(), Error> {
+        let gate = Arc::clone(gate);
+        move || {
+            let _ = lock(&gate).recv();
+            Ok(())
+        }
+    }
+
+    async fn start(places: &Places, namespace: Option<&str>, work: impl Work<(), Error>) {
+        let places = places.clone();
+        tokio::spawn(Step::for_namespace(namespace).observe(async move { places.run("wait", work).await }));
+        tokio::task::yield_now().await;
+    }
+
+    fn taken(table: &Table) -> usize {
+        lock(&table.0).all
+    }
+
+    #[tokio::test]
+    async fn forty_dead_servers_leave_a_place_for_a_good_one() {
+        let (open, gate) = mpsc::channel();
+        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        for number in 1..=40 {
+            for _ in 0..SERVER + 1 {
+                start(&Places::new(&table, server(number)), None, stuck(&gate)).await;
+            }
+        }
+        // The first four have theirs, and the others one.
+        assert_eq!(taken(&table), 4 * SERVER + 36);
+        Places::new(&table, server(99)).run("ask", || Ok::<_, Error>(())).await.unwrap();
+        drop(open);
+        while taken(&table) > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(lock(&table.0).servers.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_dead_server_takes_no_place_of_one_that_is_asked_beside_it() {
+        let (open, gate) = mpsc::channel();
+        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        let (dead, good) = (Places::new(&table, server(1)), Places::new(&table, server(2)));
+        let both = Places::of_all([dead, good.clone()]).unwrap();
+        for _ in 0..2 * SERVER {
+            start(&both, None, stuck(&gate)).await;
+        }
+        assert_eq!(taken(&table), SERVER);
+        good.run("ask", || Ok::<_, Error>(())).await.unwrap();
+        drop(open);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_has_a_share() {
+        let (open, gate) = mpsc::channel();
+        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        for number in 1..=200 {
+            start(&Places::new(&table, server(number)), Some("tar-pits"), stuck(&gate)).await;
+        }
+        assert_eq!(taken(&table), NAMESPACE);
+        let other = Step::for_namespace(Some("other"));
+        other.observe(Places::new(&table, server(1)).run("ask", || Ok::<_, Error>(()))).await.unwrap();
+        drop(open);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_waits_for_its_share_before_it_begins_what_others_join() {
+        let (open, gate) = mpsc::channel();
+        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        for number in 1..=200 {
+            start(&Places::new(&table, server(number)), Some("tar-pits"), stuck(&gate)).await;
+        }
+        let admit = |namespace| {
+            let step = Step::for_namespace(namespace);
+            tokio::time::timeout(std::time::Duration::ZERO, step.observe(admit(&table, "mount")))
+        };
+        admit(Some("tar-pits")).await.unwrap_err();
+        assert!(admit(Some("other")).await.unwrap().is_some());
+        assert!(admit(None).await.unwrap().is_none());
+        drop(open);
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_while_waiting_takes_no_place_and_no_memory() {
+        let (open, gate) = mpsc::channel();
+        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        let places = Places::new(&table, server(1));
+        for _ in 0..SERVER {
+            start(&places, None, stuck(&gate)).await;
+        }
+        for _ in 0..500 {
+            let waits = tokio::time::timeout(std::time::Duration::ZERO, places.run("wait", || Ok::<_, Error>(())));
+            waits.await.unwrap_err();
+        }
+        assert_eq!(lock(&table.0).queue.len(), 1);
+        drop(open);
+        places.run("ask", || Ok::<_, Error>(())).await.unwrap();
+        assert!(lock(&table.0).queue.is_empty());
+    }
+}
