@@ -63,7 +63,7 @@ image: tools build ## build the container image, an OCI archive below target/ima
 demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/demo -- /root/demo
 
-RINGS = test-unit test-host test-vm test-sanity test-chart test-prometheus test-image test-kubernetes
+RINGS = test-unit test-host test-python test-vm test-sanity test-chart test-prometheus test-image test-kubernetes
 
 .PHONY: test
 test: ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
@@ -86,6 +86,17 @@ test-unit: ## run the tests of pure logic, and of the core on a double of the ke
 .PHONY: test-host
 test-host: tools ## run the tests that need root and this kernel's loop devices, but no NFS
 	$(call test_binary,host); $(ALONE) $(SUDO) $$binary --include-ignored --test-threads=1
+
+# Debian's grpcio is that of its release: the test is about one version, which names the authority in a certain way.
+target/python/complete: private ring = python
+target/python/complete: e2e/python/requirements.txt | tools
+	python3 -m venv --clear $(@D)
+	$(RING) $(@D)/bin/pip install -q --disable-pip-version-check --only-binary :all: --require-hashes -r $<
+	touch $@
+
+.PHONY: test-python
+test-python: target/python/complete build ## call every service as clients in Python do, on gRPC's C core (root)
+	$(ALONE) $(SUDO) $(<D)/bin/python e2e/python/calls.py $(BUILT)/csi-driver-squashfs
 
 .PHONY: vm
 vm: tools
@@ -208,6 +219,7 @@ schema: ## write the JSON Schema of the mount spec anew
 tools: ## install what the tests and lints need
 	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck buildah:buildah; do \
 		command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
+	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then \
 		$(APT) update && $(APT) -y install $$missing; fi
 
