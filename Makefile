@@ -112,9 +112,11 @@ test-sanity: target/tools/csi-sanity vm build ## run the CSI project's own confo
 
 # Where a target needs Go, it says so. The compiler collects no garbage before it has 2 GiB: that is a fifth of its time.
 GO = $(or $(shell command -v go),$(error $@ needs Go 1.26 or newer: https://go.dev/dl))
+cgo = 0
+tags = grpcnotrace
 # Downloads come before: the network has deadlines that are missed by what gets no processor.
-GO_FETCH = CGO_ENABLED=0 $(GO) list -C $(<D) -tags grpcnotrace -deps tool >/dev/null
-GO_BUILD = CGO_ENABLED=0 GOGC=off GOMEMLIMIT=2GiB $(BESIDE) $(GO) build -C $(<D) -trimpath -tags grpcnotrace -ldflags "-s -w $(1)"
+GO_FETCH = CGO_ENABLED=$(cgo) $(GO) list -C $(<D) -tags $(tags) -deps tool >/dev/null
+GO_BUILD = CGO_ENABLED=$(cgo) GOGC=off GOMEMLIMIT=2GiB $(BESIDE) $(GO) build -C $(<D) -trimpath -tags $(tags) -ldflags "-s -w $(1)"
 # The programs of other projects that tests run, and those that render and check the chart.
 PROGRAMS = $(addprefix target/tools/,csi-sanity helm-docs kubeconform kube-score yq)
 $(PROGRAMS): private ring = programs
@@ -159,23 +161,33 @@ test-prometheus: vm client target/tools/helm target/tools/yq $(PROMETHEUS) ## ru
 	$(ALONE) $(VM) $(addprefix --bin ,target/tools/helm target/tools/yq $(PROMETHEUS)) --copy $(CLIENT) --copy charts/csi-driver-squashfs --copy e2e/prometheus -- /root/prometheus
 
 # A Kubernetes cluster to test with, as static programs; all in one build, as they share most of their packages.
-KUBERNETES = $(addprefix target/tools/kubernetes/,csi-provisioner etcd kube-apiserver kube-controller-manager kube-scheduler \
-	kubectl kubelet)
+KUBERNETES = $(addprefix target/tools/kubernetes/,containerd containerd-shim-runc-v2 csi-provisioner etcd kube-apiserver \
+	kube-controller-manager kube-scheduler kubectl kubelet)
 # What depends on a version, such as the kubeVersion of a chart, believes what is linked in.
 $(KUBERNETES): private ring = kubernetes
 $(KUBERNETES) &: e2e/kubernetes/go.mod | target/tools/helm
 	version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' $<); numbers=$${version#v}; minor=$${numbers#*.}; \
-	linked=k8s.io/component-base/version; tools=$$($(GO) list -C $(<D) tool | grep -v ^helm); \
+	linked=k8s.io/component-base/version; tools=$$($(GO) list -C $(<D) tool | grep -v -e ^helm -e /runc$$); \
 	$(call GO_BUILD,-X $$linked.gitVersion=$$version -X $$linked.gitMajor=$${numbers%%.*} -X $$linked.gitMinor=$${minor%%.*}) \
 		-o $(CURDIR)/$(@D)/ $$tools
 	mv $(@D)/server $(@D)/etcd
 	touch $(KUBERNETES)
 
+# In part it is C, with libseccomp; static all the same, as the builder's Debian need not be the guest's.
+RUNC = target/tools/kubernetes/runc
+$(RUNC): private ring = runc
+$(RUNC): private cgo = 1
+$(RUNC): private tags = seccomp,netgo,osusergo
+$(RUNC): e2e/kubernetes/go.mod | target/tools/helm tools
+	$(GO_FETCH)
+	$(call GO_BUILD,-extldflags -static) -o $(CURDIR)/$@ github.com/opencontainers/runc
+	touch $@
+
 .PHONY: programs
 programs: $(PROGRAMS) target/tools/helm
 
 .PHONY: kubernetes
-kubernetes: $(KUBERNETES) ## build etcd and the parts of Kubernetes that tests run (needs Go; first time: eight minutes and 4 GB)
+kubernetes: $(KUBERNETES) $(RUNC) ## build etcd, containerd, runc and the parts of Kubernetes that tests run (needs Go; first time: eight minutes and 4 GB)
 
 .PHONY: test-controller
 test-controller: kubernetes build
@@ -183,7 +195,7 @@ test-controller: kubernetes build
 
 .PHONY: test-kubernetes
 test-kubernetes: test-controller vm target/tools/helm image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
-	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) target/tools/helm) \
+	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm) \
 		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
@@ -217,9 +229,10 @@ schema: ## write the JSON Schema of the mount spec anew
 
 .PHONY: tools
 tools: ## install what the tests and lints need
-	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck buildah:buildah; do \
+	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck buildah:buildah pkg-config:pkgconf; do \
 		command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -e /usr/include/seccomp.h ] || missing="$$missing libseccomp-dev"; \
 	if [ -n "$$missing" ]; then \
 		$(APT) update && $(APT) -y install $$missing; fi
 
