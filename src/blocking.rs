@@ -58,13 +58,12 @@ where
     answered(
         step,
         |work| {
-            let thread = thread::Builder::new().name(WAITING.into()).stack_size(256 * 1024);
             let work = move || {
                 let _counted = (waiting, Listed::new(under_way));
                 // What the thread logs belongs to the call that started it.
                 span.in_scope(work);
             };
-            thread.spawn(work).map(drop)
+            named_thread(WAITING).spawn(work).map(drop)
         },
         work,
     )
@@ -160,13 +159,14 @@ struct Queue {
 }
 
 static RELEASES_TO_DO: LazyLock<Releases> = LazyLock::new(|| {
-    let thread = releasing_thread().spawn(|| RELEASES_TO_DO.work(true));
+    let thread = named_thread(RELEASING).spawn(|| RELEASES_TO_DO.work(true));
     thread.expect("a process that cannot start its first threads serves nobody");
     Releases { queue: Mutex::new(Queue { threads: 1, ..Queue::default() }), added: Condvar::new() }
 });
 
-fn releasing_thread() -> thread::Builder {
-    thread::Builder::new().name(RELEASING.into()).stack_size(256 * 1024)
+/// What waits for the kernel needs little stack, and there may be many.
+fn named_thread(name: &str) -> thread::Builder {
+    thread::Builder::new().name(name.into()).stack_size(256 * 1024)
 }
 
 fn name_this_thread(name: &str) {
@@ -183,7 +183,7 @@ impl Releases {
             release();
         }));
         // The one that is always there gets what no other takes.
-        if queue.threads < RELEASES && releasing_thread().spawn(|| self.work(false)).is_ok() {
+        if queue.threads < RELEASES && named_thread(RELEASING).spawn(|| self.work(false)).is_ok() {
             queue.threads += 1;
         }
         drop(queue);

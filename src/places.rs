@@ -75,18 +75,14 @@ impl Places {
         E: Into<Error> + Send + 'static,
     {
         let step = step.into();
-        let place = self.take(&step).await;
+        let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
+        let place = take(&self.table, user, &step).await;
         let servers = self.servers.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ");
         blocking::run_for(&servers, step, move || {
             let _place = place;
             work()
         })
         .await
-    }
-
-    async fn take(&self, step: &str) -> Place {
-        let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
-        take(&self.table, user, step).await
     }
 }
 
@@ -198,39 +194,66 @@ mod tests {
         [10, 0, 0, number].into()
     }
 
-    /// Work that ends when the sender goes.
-    fn stuck(gate: &Arc<Mutex<mpsc::Receiver<()>>>) -> impl Work<(), Error> {
-        let gate = Arc::clone(gate);
-        move || {
-            let _ = lock(&gate).recv();
-            Ok(())
+    /// A table, and servers that answer when this goes.
+    struct Pits {
+        table: Arc<Table>,
+        gate: Arc<Mutex<mpsc::Receiver<()>>>,
+        _open: mpsc::Sender<()>,
+    }
+
+    impl Pits {
+        fn new() -> Self {
+            let (open, gate) = mpsc::channel();
+            Pits { table: Arc::default(), gate: Arc::new(Mutex::new(gate)), _open: open }
+        }
+
+        /// One whose namespace has all that it may.
+        async fn full(namespace: &str) -> Self {
+            let pits = Pits::new();
+            for number in 1..=200 {
+                pits.ask(&pits.places(number), Some(namespace)).await;
+            }
+            pits
+        }
+
+        fn places(&self, number: u8) -> Places {
+            Places::new(&self.table, server(number))
+        }
+
+        /// Begins what waits.
+        async fn ask(&self, places: &Places, namespace: Option<&str>) {
+            let (places, gate) = (places.clone(), Arc::clone(&self.gate));
+            let wait = move || {
+                let _ = lock(&gate).recv();
+                Ok::<_, Error>(())
+            };
+            tokio::spawn(Step::for_namespace(namespace).observe(async move { places.run("wait", wait).await }));
+            tokio::task::yield_now().await;
+        }
+
+        fn taken(&self) -> usize {
+            lock(&self.table.0).all
         }
     }
 
-    async fn start(places: &Places, namespace: Option<&str>, work: impl Work<(), Error>) {
-        let places = places.clone();
-        tokio::spawn(Step::for_namespace(namespace).observe(async move { places.run("wait", work).await }));
-        tokio::task::yield_now().await;
-    }
-
-    fn taken(table: &Table) -> usize {
-        lock(&table.0).all
+    async fn ask_a_good_one(places: &Places) {
+        places.run("ask", || Ok::<_, Error>(())).await.unwrap();
     }
 
     #[tokio::test]
     async fn forty_dead_servers_leave_a_place_for_a_good_one() {
-        let (open, gate) = mpsc::channel();
-        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
+        let pits = Pits::new();
         for number in 1..=40 {
             for _ in 0..SERVER + 1 {
-                start(&Places::new(&table, server(number)), None, stuck(&gate)).await;
+                pits.ask(&pits.places(number), None).await;
             }
         }
         // The first four have theirs, and the others one.
-        assert_eq!(taken(&table), 4 * SERVER + 36);
-        Places::new(&table, server(99)).run("ask", || Ok::<_, Error>(())).await.unwrap();
-        drop(open);
-        while taken(&table) > 0 {
+        assert_eq!(pits.taken(), 4 * SERVER + 36);
+        ask_a_good_one(&pits.places(99)).await;
+        let table = Arc::clone(&pits.table);
+        drop(pits);
+        while lock(&table.0).all > 0 {
             tokio::task::yield_now().await;
         }
         assert!(lock(&table.0).servers.is_empty());
@@ -238,63 +261,49 @@ mod tests {
 
     #[tokio::test]
     async fn a_dead_server_takes_no_place_of_one_that_is_asked_beside_it() {
-        let (open, gate) = mpsc::channel();
-        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
-        let (dead, good) = (Places::new(&table, server(1)), Places::new(&table, server(2)));
-        let both = Places::of_all([dead, good.clone()]).unwrap();
+        let pits = Pits::new();
+        let good = pits.places(2);
+        let both = Places::of_all([pits.places(1), good.clone()]).unwrap();
         for _ in 0..2 * SERVER {
-            start(&both, None, stuck(&gate)).await;
+            pits.ask(&both, None).await;
         }
-        assert_eq!(taken(&table), SERVER);
-        good.run("ask", || Ok::<_, Error>(())).await.unwrap();
-        drop(open);
+        assert_eq!(pits.taken(), SERVER);
+        ask_a_good_one(&good).await;
     }
 
     #[tokio::test]
     async fn a_namespace_has_a_share() {
-        let (open, gate) = mpsc::channel();
-        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
-        for number in 1..=200 {
-            start(&Places::new(&table, server(number)), Some("tar-pits"), stuck(&gate)).await;
-        }
-        assert_eq!(taken(&table), NAMESPACE);
-        let other = Step::for_namespace(Some("other"));
-        other.observe(Places::new(&table, server(1)).run("ask", || Ok::<_, Error>(()))).await.unwrap();
-        drop(open);
+        let pits = Pits::full("tar-pits").await;
+        assert_eq!(pits.taken(), NAMESPACE);
+        Step::for_namespace(Some("other")).observe(ask_a_good_one(&pits.places(1))).await;
     }
 
     #[tokio::test]
     async fn a_namespace_waits_for_its_share_before_it_begins_what_others_join() {
-        let (open, gate) = mpsc::channel();
-        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
-        for number in 1..=200 {
-            start(&Places::new(&table, server(number)), Some("tar-pits"), stuck(&gate)).await;
-        }
+        let pits = Pits::full("tar-pits").await;
         let admit = |namespace| {
             let step = Step::for_namespace(namespace);
-            tokio::time::timeout(std::time::Duration::ZERO, step.observe(admit(&table, "mount")))
+            tokio::time::timeout(std::time::Duration::ZERO, step.observe(admit(&pits.table, "mount")))
         };
         admit(Some("tar-pits")).await.unwrap_err();
         assert!(admit(Some("other")).await.unwrap().is_some());
         assert!(admit(None).await.unwrap().is_none());
-        drop(open);
     }
 
     #[tokio::test]
     async fn who_goes_away_while_waiting_takes_no_place_and_no_memory() {
-        let (open, gate) = mpsc::channel();
-        let (gate, table) = (Arc::new(Mutex::new(gate)), Arc::new(Table::default()));
-        let places = Places::new(&table, server(1));
+        let pits = Pits::new();
+        let (table, places) = (Arc::clone(&pits.table), pits.places(1));
         for _ in 0..SERVER {
-            start(&places, None, stuck(&gate)).await;
+            pits.ask(&places, None).await;
         }
         for _ in 0..500 {
-            let waits = tokio::time::timeout(std::time::Duration::ZERO, places.run("wait", || Ok::<_, Error>(())));
+            let waits = tokio::time::timeout(std::time::Duration::ZERO, ask_a_good_one(&places));
             waits.await.unwrap_err();
         }
         assert_eq!(lock(&table.0).queue.len(), 1);
-        drop(open);
-        places.run("ask", || Ok::<_, Error>(())).await.unwrap();
+        drop(pits);
+        ask_a_good_one(&places).await;
         assert!(lock(&table.0).queue.is_empty());
     }
 }

@@ -34,11 +34,6 @@ impl Step {
         Step { at: Arc::default(), namespace: namespace.map(Into::into) }
     }
 
-    /// Of work that the current operation starts.
-    pub fn inside() -> Self {
-        Step { at: Arc::default(), namespace: namespace() }
-    }
-
     /// Runs an operation whose waits are to be seen in this step.
     pub async fn observe<F: Future>(self, operation: F) -> F::Output {
         STEP.scope(self, operation).await

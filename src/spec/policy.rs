@@ -243,8 +243,7 @@ impl Policy {
     fn validate(&self, at: &str) -> Result<(), SpecError> {
         for (index, server) in self.servers.iter().flatten().enumerate() {
             let at = format!("{at}/servers/{index}");
-            text::host(&server.host.replace('*', "a"))
-                .map_err(|message| SpecError::invalid(PARAMETER, &format!("{at}/host"), message))?;
+            text::host(&server.host.replace('*', "a")).map_err(invalid(&format!("{at}/host")))?;
             let exports = server.exports.as_deref().unwrap_or_default();
             validate_paths(&format!("{at}/exports"), exports)?;
         }
@@ -298,7 +297,7 @@ impl Paths {
 
 fn validate_paths(at: &str, paths: &[String]) -> Result<(), SpecError> {
     for (index, path) in paths.iter().enumerate() {
-        text::absolute(path).map_err(|message| SpecError::invalid(PARAMETER, &format!("{at}/{index}"), message))?;
+        text::absolute(path).map_err(invalid(&format!("{at}/{index}")))?;
     }
     Ok(())
 }

@@ -18,10 +18,13 @@ use super::error::{SpecError, quote};
 use super::parameters::{KNOWN, REFUSE, SYMLINKS, canonical};
 use super::{MOUNT_SPEC, json, pattern, text};
 
+/// The parameter in which external-provisioner passes the claim's namespace.
+const NAMESPACE_PARAMETER: &str = "csi.storage.k8s.io/pvc/namespace";
+
 /// The templates, and the parameters in which external-provisioner passes their values.
 const TEMPLATES: [(&str, &str); 3] = [
     ("pvc.metadata.name", "csi.storage.k8s.io/pvc/name"),
-    ("pvc.metadata.namespace", "csi.storage.k8s.io/pvc/namespace"),
+    ("pvc.metadata.namespace", NAMESPACE_PARAMETER),
     ("pv.metadata.name", "csi.storage.k8s.io/pv/name"),
 ];
 
@@ -92,7 +95,7 @@ fn split_share(share: &str) -> (&str, &str) {
 
 /// The namespace of the claim that a CreateVolume call is for, where external-provisioner names it.
 pub fn namespace(parameters: &HashMap<String, String>) -> Option<&str> {
-    parameters.get("csi.storage.k8s.io/pvc/namespace").map(String::as_str)
+    parameters.get(NAMESPACE_PARAMETER).map(String::as_str)
 }
 
 /// Reads the parameters of a CreateVolume call. What the values of the context say is left to
@@ -111,19 +114,20 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
     let follow = parameters.contains_key(SYMLINKS) && parameters[SYMLINKS] != REFUSE;
     for (name, mut value) in parameters {
         templated |= value.contains(START);
+        let replaced = |text: &str| replace(text, &values).map_err(|message| SpecError::invalid(name, "", message));
         if name == "share" && !follow {
             let (share, rest) = split_share(&value);
-            below = replace(rest, &values).map_err(|message| SpecError::invalid(name, "", message))?;
+            below = replaced(rest)?;
             value = share.to_owned();
         }
         let value = match name {
             IMAGES_FROM_CLAIM => {
                 check_stars(&value).map_err(|message| SpecError::invalid(name, "", message))?;
-                pattern = Some(replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?);
+                pattern = Some(replaced(&value)?);
                 continue;
             }
             MOUNT_SPEC => expand_json(&value, &values, follow)?,
-            "image" | "share" => replace(&value, &values).map_err(|message| SpecError::invalid(name, "", message))?,
+            "image" | "share" => replaced(&value)?,
             _ if value.contains(START) => {
                 let message = "templates are only allowed in image, share and mountSpec";
                 return Err(SpecError::invalid(name, "", message));

@@ -80,11 +80,11 @@ impl Mount {
         fs_types
     }
 
-    /// What takes the writes; nothing where the mount is not an overlay.
-    pub fn upper(&self) -> Upper {
+    /// What takes the writes where it is published; nothing where that is read-only, or the mount is not an overlay.
+    pub fn upper(&self, read_only: bool) -> Upper {
         match self {
-            Mount::Overlay(overlay) => overlay.upper,
-            Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => Upper::None,
+            Mount::Overlay(overlay) if !read_only => overlay.upper,
+            Mount::Overlay(_) | Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => Upper::None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! A node for unit tests: volumes over a double of the kernel, and an NFS server that answers a NULL call and nothing else.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,6 +11,7 @@ use super::publication::Publication;
 use super::{Config, Volumes};
 use crate::error::Result;
 use crate::kernel::double::Double;
+use crate::lock::lock;
 use crate::spec::policy::Policy;
 use crate::spec::{Allowed, json};
 
@@ -119,6 +120,17 @@ impl Node {
             words.join("/")
         };
         self.kernel.log().into_iter().map(line).collect()
+    }
+
+    /// Waits until so many calls that begin with this were made since the log was last asked.
+    pub async fn wait_for_calls(&self, of: &str, count: usize) {
+        let seen = Mutex::new(0);
+        let all_are_there = || {
+            let mut seen = lock(&seen);
+            *seen += self.log().iter().filter(|call| call.starts_with(of)).count();
+            *seen >= count
+        };
+        wait_for(all_are_there, || format!("{} of {count} calls: {of}", lock(&seen))).await;
     }
 
     /// The directories of published paths on the disk.

@@ -43,6 +43,14 @@ pub enum Request {
 }
 
 impl Request {
+    /// Of the pod that it is done for, where that is known.
+    fn namespace(&self) -> Option<&str> {
+        match self {
+            Request::Publish(publication) => publication.namespace.as_deref(),
+            Request::Stage(_) | Request::Unstage | Request::Unpublish { .. } => None,
+        }
+    }
+
     /// Whether it ends another that is under way with its key, and goes ahead: what the other still waits for, it will not use. A request
     /// that does not waits for the other's end, as one that is about another volume does.
     fn supersedes(&self, other: &Request) -> bool {
@@ -99,7 +107,7 @@ impl InFlight {
         let deadline = Instant::now() + timeout;
         let mut work = Some(work);
         loop {
-            let found = self.0.join_or_start(&key, Step::inside(), || {
+            let found = self.0.join_or_start(&key, Step::for_namespace(request.namespace()), || {
                 let lease = Lease::default();
                 Some(((request.clone(), lease.clone()), work.take()?(lease)))
             });

@@ -30,8 +30,8 @@
 //!     |<---------|<-- gone -----|                      |                   |                |
 //! ```
 //!
-//! An inline volume, and any volume after a restart of the driver, is prepared by publish. Where the spec shows an export as it is,
-//! its server is asked once more before the mounts are made.
+//! An inline volume is prepared by publish, and so is a staged one after a restart of the driver, of whose images those are taken that
+//! are still attached. Where the spec of a staged volume shows an export as it is, its server is asked before the mounts are made.
 //!
 //! **Threads.** One thread serves all calls. Whatever waits for the kernel has a thread of its own ([`crate::blocking`]): one for each
 //! step that needs this node alone, and for NFS servers as many as [`crate::places`] has. What is dropped where a server might be waited
@@ -161,11 +161,9 @@ impl Volumes {
     pub async fn unstage(self: &Arc<Self>, volume_id: &str) -> Result<()> {
         let (this, id) = (Arc::clone(self), volume_id.to_owned());
         let work = |_| async move {
-            let records = this.records.clone();
-            let volume_id = id.clone();
-            let removed =
-                blocking::run("remove the record of the staged volume", move || records.remove_staged(&volume_id));
-            let removed = removed.await;
+            let (records, volume_id) = (this.records.clone(), id.clone());
+            let remove = move || records.remove_staged(&volume_id);
+            let removed = blocking::run("remove the record of the staged volume", remove).await;
             let held = lock(&this.staged).remove(&id);
             release(held).await;
             removed
@@ -224,7 +222,7 @@ impl Volumes {
         Ok((Arc::new(self.preparer.prepare(mount, &known).await?), known))
     }
 
-    /// What the volume holds if it is staged. After a restart of the driver nothing is.
+    /// What the volume holds if this process staged it.
     fn staged(&self, volume_id: &str, mount: &Allowed) -> Result<Option<Arc<Prepared>>> {
         match lock(&self.staged).get(volume_id) {
             Some((staged, held)) if staged == mount => Ok(Some(Arc::clone(held))),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::spec::{Allowed, Upper};
+use crate::spec::Allowed;
 
 /// What is asked for at one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,11 +18,6 @@ pub struct Publication {
 }
 
 impl Publication {
-    /// The writable layer that it gets.
-    pub fn upper(&self) -> Upper {
-        if self.read_only { Upper::None } else { self.mount.upper() }
-    }
-
     /// What a person mounts, and not the kubelet.
     pub fn by_hand(target: PathBuf, mount: Allowed, read_only: bool) -> Self {
         Publication { volume_id: by_hand(&target), target, mount, read_only, namespace: None, exclusive: false }

@@ -18,13 +18,12 @@ use crate::lock::lock;
 use crate::places::run_at;
 use crate::spec::Upper;
 use crate::spec::policy::Share;
-use crate::step::Step;
 
 impl Volumes {
     /// Mounts the volume at its target, which is made if it is not there; its parent must be.
     ///
-    /// `staged` says that [`Self::stage`] holds the volume; one that is not staged (inline, by hand, or after a restart of the
-    /// driver) is prepared for this target alone. Publishing the same again is no work; another volume, or other attributes, at
+    /// `staged` says that the volume is staged, by this process or an earlier one; another (inline, or by hand) is prepared for this target
+    /// alone. Publishing the same again is no work; another volume, or other attributes, at
     /// a target in use is `ALREADY_EXISTS`. On any error nothing new is left behind.
     pub async fn publish(self: &Arc<Self>, publication: Publication, staged: bool) -> Result<()> {
         if publication.mount.is_of_the_node() && !publication.read_only {
@@ -34,9 +33,8 @@ impl Volumes {
         }
         let this = Arc::clone(self);
         let (key, request) = (Key::Target(publication.target.clone()), Request::Publish(publication.clone()));
-        let step = Step::for_namespace(publication.namespace.as_deref());
         let work = |lease| this.publish_now(publication, staged, lease);
-        step.observe(self.in_flight.run(key, request, self.timeout, work)).await
+        self.in_flight.run(key, request, self.timeout, work).await
     }
 
     async fn publish_now(self: Arc<Self>, publication: Publication, staged: bool, lease: Lease) -> Result<()> {
@@ -145,7 +143,7 @@ impl Volumes {
             Found::Record(_) | Found::Nothing => directory.remove()?,
             Found::Unreadable(unreadable) => return Err(unreadable.into()),
         }
-        let upper = match publication.upper() {
+        let upper = match publication.mount.upper(publication.read_only) {
             Upper::None => None,
             Upper::Tmpfs { size } => Some(UpperLayer::Tmpfs { size }),
             Upper::Directory { size } => {
@@ -185,16 +183,17 @@ impl Volumes {
     /// The writable layers of a namespace's pods together are no more than the policy says.
     fn check_share(&self, publication: &Publication) -> Result<()> {
         let Some(namespace) = &publication.namespace else { return Ok(()) };
-        let (share, upper) = (self.preparer.policy().share(namespace), publication.upper());
+        let (share, upper) = (self.preparer.policy().share(namespace), publication.mount.upper(publication.read_only));
         if upper == Upper::None || (share.count, share.size) == (None, None) {
             return Ok(());
         }
         let (mut count, mut size) = (1, upper.size().unwrap_or_default());
         for record in self.records.list()?.records {
             let same = record.namespace.as_ref() == Some(namespace) && record.target != publication.target;
-            if same && record.upper() != Upper::None {
+            let upper = record.mount.upper(record.read_only);
+            if same && upper != Upper::None {
                 count += 1;
-                size = size.saturating_add(record.upper().size().unwrap_or_default());
+                size = size.saturating_add(upper.size().unwrap_or_default());
             }
         }
         let message = match share {

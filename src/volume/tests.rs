@@ -286,13 +286,7 @@ async fn a_server_that_hangs_below_an_overlay_takes_no_place_of_another() {
         tokio::spawn(async move { volumes.publish(publication, false).await })
     };
     let publishes: Vec<_> = (0..20).map(publish).collect();
-    let stuck = Mutex::new(0);
-    let count = || {
-        let overlays = node.log().iter().filter(|call| call.starts_with("mount overlay")).count();
-        *stuck.lock().unwrap() += overlays;
-        *stuck.lock().unwrap() >= 16
-    };
-    wait_for(count, || format!("{} of 16 publishes are stuck", stuck.lock().unwrap())).await;
+    node.wait_for_calls("mount overlay", 16).await;
     node.volumes.stage("good", &node.allowed(&node.nfs_at("127.0.0.2", "/other"))).await.unwrap();
     node.kernel.release();
     for publish in publishes {
@@ -308,7 +302,7 @@ async fn who_unpublishes_another_volume_ends_no_publish() {
     let publication = node.publication("v", &node.image(""), "pod");
     let (volumes, target) = (Arc::clone(&node.volumes), publication.target.clone());
     let publish = tokio::spawn(async move { volumes.publish(publication, true).await });
-    wait_for(|| node.log().iter().any(|call| call.starts_with("mount squashfs source=/dev/loop0")), String::new).await;
+    node.wait_for_calls("mount squashfs source=/dev/loop0", 1).await;
     let (volumes, other) = (Arc::clone(&node.volumes), target.clone());
     let mut unpublish = tokio::spawn(async move { volumes.unpublish("w", &other).await });
     // It waits for its turn, or would have ended the publish by now.
@@ -347,12 +341,7 @@ async fn a_namespace_that_waits_for_its_share_makes_no_other_wait() {
     };
     let pits: Vec<_> =
         (0..40).map(|pit| publish("127.0.0.1", &format!("/pit-{pit}"), "pits", format!("pit-{pit}"))).collect();
-    let asked = Mutex::new(0);
-    let all_are = || {
-        *asked.lock().unwrap() += node.kernel.log().len();
-        *asked.lock().unwrap() >= 16
-    };
-    wait_for(all_are, || format!("{} of 16 places are taken", asked.lock().unwrap())).await;
+    node.wait_for_calls("", 16).await;
     let late = publish("127.0.0.2", "/good", "pits", "late".into());
     tokio::task::yield_now().await;
     publish("127.0.0.2", "/good", "other", "other".into()).await.unwrap().unwrap();

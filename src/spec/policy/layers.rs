@@ -62,13 +62,7 @@ impl WritableLayers {
             let what = format!("a writable layer of kind \"{}\"", name(&kind));
             return Err(denied(format!("{at}/upper/kind"), &what, self.kinds.iter().map(name)));
         }
-        let limit = match (self.max_size, self.per_namespace.size) {
-            (Some(one), Some(other)) => one.min(other),
-            (one, other) => match one.or(other) {
-                Some(limit) => limit,
-                None => return Ok(()),
-            },
-        };
+        let Some(limit) = self.max_size.into_iter().chain(self.per_namespace.size).min() else { return Ok(()) };
         let message = match upper.size() {
             Some(size) if size <= limit => return Ok(()),
             Some(size) => format!("the policy allows a writable layer {limit} bytes, and this has {size}"),

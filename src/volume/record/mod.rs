@@ -21,7 +21,7 @@ use super::publication::{Publication, by_hand};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::Kernel;
 use crate::kernel::image::Content;
-use crate::spec::{Loopback, Mount, Upper};
+use crate::spec::{Loopback, Mount};
 use trash::Trash;
 
 /// The record of one published path.
@@ -52,11 +52,6 @@ impl Record {
             images,
             scratch,
         }
-    }
-
-    /// The writable layer that it has.
-    pub fn upper(&self) -> Upper {
-        if self.read_only { Upper::None } else { self.mount.upper() }
     }
 
     /// Whether it is of this publication, and of no other at the same path.

@@ -48,11 +48,11 @@ impl Trash {
 
     /// Deletes in the background what an earlier process left.
     pub fn sweep(&self) -> io::Result<()> {
+        let mine = format!("{NEW}-{}-", self.began);
         let trash = open_directory(rustix::fs::CWD, self.path.as_os_str())?;
         for entry in Dir::read_from(&trash)? {
             let entry = entry?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            let mine = format!("{NEW}-{}-", self.began);
             if is_new(name) && !name.as_encoded_bytes().starts_with(mine.as_bytes()) {
                 self.move_here(&trash, &trash, name)?;
             }

@@ -108,7 +108,7 @@ impl Report {
         };
         let (kernel, path) = (Arc::clone(&self.kernel), record.target.clone());
         // A file system of its own says by itself how full it is.
-        let counted = record.scratch.as_ref().filter(|_| record.mount.upper().size().is_none());
+        let counted = record.scratch.as_ref().filter(|_| record.mount.upper(record.read_only).size().is_none());
         let scratch = counted.map(|name| self.records.of(&path).scratch(name));
         let look = move || match kernel.is_mount(&path)? {
             true => measure(&path, scratch.as_deref()).map(Look::Mounted),

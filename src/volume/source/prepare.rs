@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::build::build;
 use super::exports::Exports;
 use super::mark::Mark;
-use super::prepared::{AttachedImage, BlockDevice, ImageOnLoop, Known, Prepared, PreparedBase};
+use super::prepared::{AttachedImage, BlockDevice, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
 use crate::blocking::{self, OffThread, measured};
 use crate::error::Result;
@@ -139,8 +139,8 @@ impl Preparer {
         if let Some(known) = known.iter().find(|known| known.image == *spec)
             && let Some(attached) = self.still_attached(known.identity, file_system).await?
         {
-            let places = Some(self.exports.places_of_unknown());
-            return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached, base: None, places });
+            let origin = Origin::Earlier(self.exports.places_of_unknown());
+            return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached, origin });
         }
         let base = self.image_base(&spec.base, known).await?;
         let name = format!("{} ({}) of {}", spec.path, file_system.name(), spec.base);
@@ -160,14 +160,14 @@ impl Preparer {
             let mount = measured(file_system.name(), || kernel.mount(file_system.on(&device.path(), false)))?;
             Ok::<_, kernel::Error>(OffThread::new(AttachedImage { identity, _mount: mount, device }))
         };
-        let (admitted, at) = (self.exports.admit(&step).await, places.clone());
+        let admitted = self.exports.admit(&step).await;
         let make = async move {
             let _admitted = admitted;
-            run_at(at, step, attach).await
+            run_at(places, step, attach).await
         };
         let attached = self.images.get(&identity, make).await;
         let attached = attached.map_err(|error| error.about(&format!("image {name}")))?;
-        Ok(ImageOnLoop { spec: spec.clone(), content, attached, base: Some(base), places })
+        Ok(ImageOnLoop { spec: spec.clone(), content, attached, origin: Origin::Base(base) })
     }
 
     /// The loop device that an earlier process attached, while something is mounted on it.

@@ -58,10 +58,16 @@ pub struct ImageOnLoop {
     /// What the file was when it was attached.
     pub content: Content,
     pub attached: Arc<OffThread<AttachedImage>>,
-    /// Kept so that the next image of the same export finds its NFS mount. `None` for an image that an earlier process attached.
-    pub base: Option<PreparedBase>,
-    /// Of the server that is asked by who reads in the image.
-    pub places: Option<Places>,
+    pub origin: Origin,
+}
+
+/// Where an image comes from.
+#[derive(Clone)]
+pub enum Origin {
+    /// Kept so that the next image of the same export finds its NFS mount.
+    Base(PreparedBase),
+    /// An earlier process attached it: nobody knows any more whom who reads in it asks.
+    Earlier(Places),
 }
 
 /// An image of a spec, and which file it was when it was attached.
@@ -110,7 +116,10 @@ impl Prepared {
         match self {
             Prepared::Nfs { .. } | Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Vec::new(),
             Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
-                let mut images = image.base.as_ref().map(PreparedBase::images).unwrap_or_default();
+                let mut images = match &image.origin {
+                    Origin::Base(base) => base.images(),
+                    Origin::Earlier(_) => Vec::new(),
+                };
                 let (content, identity) = (image.content, image.attached.identity);
                 images.push(Known { image: image.spec.clone(), content, identity });
                 images
@@ -124,7 +133,10 @@ impl Prepared {
     pub fn places(&self) -> Option<Places> {
         match self {
             Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
-            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => image.places.clone(),
+            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => match &image.origin {
+                Origin::Base(base) => base.places(),
+                Origin::Earlier(places) => Some(places.clone()),
+            },
             Prepared::Bind { base, .. } => base.places(),
             Prepared::FileSystem { device: BlockDevice::Local(_), .. } => None,
             Prepared::Overlay { lower, .. } => Places::of_all(lower.iter().filter_map(Prepared::places)),
