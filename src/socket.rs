@@ -37,6 +37,8 @@ async fn accept(mut listener: UnixListener, path: PathBuf, sender: mpsc::Sender<
     let mut watch = tokio::time::interval(WATCH);
     loop {
         tokio::select! {
+            // First of all: who removes the socket has let go of the connections before.
+            biased;
             () = sender.closed() => return,
             connection = listener.accept() => {
                 if connection.is_err() {
