@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use csi_driver_squashfs::csi::Endpoint;
+use csi_driver_squashfs::spec::quantity;
+use csi_driver_squashfs::volume::{Bounds, CacheConfig};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Read-only images from an NFS server as directories in pods: a CSI driver, and the same by hand.
@@ -73,6 +75,97 @@ pub struct Mounting {
     pub nfs_read_ahead: Option<u32>,
     #[command(flatten)]
     pub timeout: Timeout,
+}
+
+/// The flag of subcommands that look at the copies of images.
+#[derive(Args)]
+pub struct CacheDir {
+    /// Where copies of images are kept: on a disk of the node [default: the directory "cache" of the data directory]
+    #[arg(long = "cache-dir", env = "CACHE_DIR", value_name = "DIRECTORY")]
+    directory: Option<PathBuf>,
+}
+
+impl CacheDir {
+    pub fn path(&self, data_dir: &Path) -> PathBuf {
+        self.directory.clone().unwrap_or_else(|| data_dir.join("cache"))
+    }
+}
+
+/// The flags of subcommands that copy images to the node.
+#[derive(Args)]
+pub struct Copying {
+    #[command(flatten)]
+    pub directory: CacheDir,
+    /// How much of the disk copies of images may take, such as 20Gi [default: no image is copied]
+    #[arg(long = "cache-quota", env = "CACHE_QUOTA", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    pub quota: Option<u64>,
+    /// How much of the disk they leave free
+    #[arg(long = "cache-min-free", env = "CACHE_MIN_FREE", value_name = "QUANTITY", default_value = "1Gi", value_parser = quantity::bytes)]
+    pub min_free: u64,
+    /// The most bytes that one copy reads in a second, such as 100Mi [default: as fast as it goes]
+    #[arg(long = "cache-rate", env = "CACHE_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    pub rate: Option<u64>,
+    /// How many images are copied at a time
+    #[arg(long = "cache-copies", env = "CACHE_COPIES", value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub copies: u32,
+    /// Copy also the images of volumes that do not say whether
+    #[arg(long = "cache-by-default", env = "CACHE_BY_DEFAULT")]
+    pub by_default: bool,
+}
+
+impl Copying {
+    /// `None` where nothing is to be copied.
+    pub fn config(&self, data_dir: &Path) -> Option<CacheConfig> {
+        Some(CacheConfig {
+            directory: self.directory.path(data_dir),
+            bounds: Bounds { quota: self.quota?, min_free: self.min_free },
+            rate: self.rate,
+            copies: self.copies as usize,
+            by_default: self.by_default,
+        })
+    }
+}
+
+#[derive(Subcommand)]
+pub enum CacheCommand {
+    /// Print the copies, the one that was used last at the end
+    List {
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        directory: CacheDir,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
+    /// Copy the images of specs to this node, and wait for it
+    Warm {
+        /// Files with a JSON mount spec, or - for standard input
+        #[arg(required = true)]
+        specs: Vec<PathBuf>,
+        #[command(flatten)]
+        copying: Copying,
+        #[command(flatten)]
+        mounting: Mounting,
+        #[command(flatten)]
+        policy: PolicyFile,
+    },
+    /// Remove the copies of images that no volume uses
+    Evict {
+        /// Parts of the images' names, as `cache list` prints them
+        #[arg(required = true)]
+        images: Vec<String>,
+        #[command(flatten)]
+        directory: CacheDir,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
+    /// Read all copies from the disk, and throw those away that it did not keep as they were
+    Verify {
+        #[command(flatten)]
+        directory: CacheDir,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
 }
 
 /// The flag of subcommands that wait for the kernel.
@@ -169,8 +262,13 @@ pub enum Command {
         #[arg(long, short, value_enum, default_value_t = Output::Text)]
         output: Output,
         #[command(flatten)]
+        cache_dir: CacheDir,
+        #[command(flatten)]
         data_dir: DataDir,
     },
+    /// See to the copies of images on this node
+    #[command(subcommand)]
+    Cache(CacheCommand),
 }
 
 #[derive(Args)]
@@ -189,6 +287,8 @@ pub struct NodeArguments {
     pub plugin_registry: Option<PathBuf>,
     #[command(flatten)]
     pub mounting: Mounting,
+    #[command(flatten)]
+    pub copying: Copying,
     #[command(flatten)]
     pub policy: PolicyFile,
 }

@@ -15,7 +15,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("places", &["blocking", "error", "lock", "step"]),
     ("single_flight", &["error", "lock", "step"]),
     ("socket", &[]),
-    ("volume::source", &["blocking", "error", "kernel", "lock", "metrics", "places", "single_flight", "spec", "step"]),
+    ("volume::cache", &["blocking", "error", "kernel", "lock", "metrics", "places", "spec"]),
+    (
+        "volume::source",
+        &["blocking", "error", "kernel", "lock", "metrics", "places", "single_flight", "spec", "step", "volume::cache"],
+    ),
     ("volume::publication", &["spec"]),
     ("volume::record", &["error", "kernel", "lock", "spec", "volume::publication", "volume::source"]),
     (
@@ -29,6 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "single_flight",
             "socket",
             "spec",
+            "volume::cache",
             "volume::record",
             "volume::source",
         ],
@@ -45,6 +50,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "single_flight",
             "spec",
             "step",
+            "volume::cache",
             "volume::publication",
             "volume::record",
             "volume::report",

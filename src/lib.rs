@@ -5,7 +5,7 @@
 //! decides when [`kernel`] does what. Each part uses only those behind it, which `imports.rs` tests:
 //!
 //! ```text
-//! csi, ops -> volume -> volume::report -> volume::source -> kernel, spec
+//! csi, ops -> volume -> volume::report -> volume::source -> volume::cache -> kernel, spec
 //! csi, ops -> kubernetes -> spec
 //! ```
 //!
@@ -19,6 +19,7 @@
 //! | who waits for whom, what is shared and cleaned up | [`volume`] |
 //! | what is written down | `volume::record` |
 //! | asking servers, attaching images, making a mount of it all | `volume::source` |
+//! | copies of images on the node's disk | `volume::cache` |
 //! | looking at what is there: usage, condition, status | `volume::report` |
 //! | a class of errors, a thread that waits, how many may, work that is done once for several | `error.rs`, `blocking.rs`, `places.rs`, `single_flight.rs` |
 //! | a field of a CSI message, a gRPC code | [`csi`] |

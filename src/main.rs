@@ -5,7 +5,7 @@ mod cli;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,14 +19,18 @@ use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
 use csi_driver_squashfs::ops::{self, Served, Watched};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
-use csi_driver_squashfs::volume::{self, Config, Publication, Volumes, status, waiting};
+use csi_driver_squashfs::volume::copies::{self, Verified};
+use csi_driver_squashfs::volume::{self, CacheConfig, Config, Publication, Volumes, status, waiting};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
-use cli::{Cli, Command, DataDir, Global, LogFormat, Mounting, NodeArguments, Output, PolicyFile, Serve};
+use cli::{
+    CacheCommand, CacheDir, Cli, Command, Copying, DataDir, Global, LogFormat, Mounting, NodeArguments, Output,
+    PolicyFile, Serve,
+};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
@@ -66,12 +70,13 @@ async fn run(cli: Cli) -> Outcome {
                 Surroundings { driver_name: name, namespace: &namespace, container_image: &container_image };
             convert(&container, &policy, &surroundings)
         }
-        Command::Status { output, data_dir } => show_status(name, &data_dir, output),
+        Command::Status { output, cache_dir, data_dir } => show_status(name, &data_dir, &cache_dir, output),
+        Command::Cache(command) => cache(name, command).await,
     }
 }
 
 async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
-    let NodeArguments { serve, node_id, controller, plugin_registry, mounting, policy } = arguments;
+    let NodeArguments { serve, node_id, controller, plugin_registry, mounting, copying, policy } = arguments;
     let Serve { endpoint, health_address, metrics_address } = serve;
     let policy = Arc::new(read_policy(&policy)?);
     let identity = Identity { driver_name: driver_name.to_owned(), controller, node: true };
@@ -81,13 +86,15 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
         tracing::warn!("this node lacks: {missing}");
     }
     let data_dir = mounting.data_dir.path(driver_name);
-    let volumes = volumes(driver_name, mounting, policy)?;
+    let cache = copying.config(&data_dir);
+    let volumes = volumes(driver_name, mounting, cache, policy)?;
     volumes.sweep();
+    volumes.tend_copies();
     let node = Node { node_id, volumes: Arc::clone(&volumes) };
     let stop = stop()?;
     let registered = watch::Sender::new(Registered::NotYet);
     let known = plugin_registry.is_some().then(|| registered.subscribe());
-    let watched = Arc::new(Watched::new(endpoint.path().to_owned(), Some(volumes), known));
+    let watched = Arc::new(Watched::new(endpoint.path().to_owned(), Some(Arc::clone(&volumes)), known));
     let register = async {
         match &plugin_registry {
             Some(registry) => {
@@ -99,7 +106,7 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     tokio::try_join!(
         csi::serve(&endpoint, identity, controller, Some(node), stopped(&stop)),
         register,
-        tell_status(&data_dir, &stop),
+        tell_status(&data_dir, &volumes, &stop),
         serve_http(health_address, Served::Health, &watched, &stop),
         serve_http(metrics_address, Served::Metrics, &watched, &stop),
     )?;
@@ -121,9 +128,9 @@ async fn controller(driver_name: &str, arguments: Serve, policy: &PolicyFile) ->
 }
 
 /// What it is for, the driver can do without.
-async fn tell_status(data_dir: &Path, stop: &watch::Receiver<bool>) -> io::Result<()> {
-    if let Err(error) = waiting::serve(data_dir, stopped(stop)).await {
-        tracing::error!("'status' will not know what threads wait for: {error}");
+async fn tell_status(data_dir: &Path, volumes: &Volumes, stop: &watch::Receiver<bool>) -> io::Result<()> {
+    if let Err(error) = waiting::serve(data_dir, || volumes.copies_under_way(), stopped(stop)).await {
+        tracing::error!("'status' will not know what threads wait for, and what is copied: {error}");
     }
     Ok(())
 }
@@ -150,7 +157,7 @@ async fn mount(
 ) -> Outcome {
     let (spec, policy) = read_spec(spec, policy)?;
     let target = std::path::absolute(target)?;
-    let volumes = volumes(driver_name, mounting, Arc::new(policy))?;
+    let volumes = volumes(driver_name, mounting, None, Arc::new(policy))?;
     let mount = volumes.allow(spec, None)?;
     let mounted = volumes.publish(Publication::by_hand(target, mount, read_only), false).await;
     volumes.finish_deletions();
@@ -159,7 +166,7 @@ async fn mount(
 
 async fn unmount(driver_name: &str, target: &Path, mounting: Mounting) -> Outcome {
     let target = std::path::absolute(target)?;
-    let volumes = volumes(driver_name, mounting, Arc::default())?;
+    let volumes = volumes(driver_name, mounting, None, Arc::default())?;
     let unmounted = volumes.unpublish(&volume::by_hand(&target), &target).await;
     volumes.finish_deletions();
     Ok(unmounted?)
@@ -192,8 +199,9 @@ fn convert(file: &Path, policy: &PolicyFile, surroundings: &Surroundings) -> Out
     Ok(())
 }
 
-fn show_status(driver_name: &str, data_dir: &DataDir, output: Output) -> Outcome {
-    let status = status::read(driver_name, &data_dir.path(driver_name))?;
+fn show_status(driver_name: &str, data_dir: &DataDir, cache_dir: &CacheDir, output: Output) -> Outcome {
+    let data_dir = data_dir.path(driver_name);
+    let status = status::read(driver_name, &data_dir, &cache_dir.path(&data_dir))?;
     match output {
         Output::Text => print!("{status}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
@@ -201,13 +209,86 @@ fn show_status(driver_name: &str, data_dir: &DataDir, output: Output) -> Outcome
     Ok(())
 }
 
-fn volumes(driver_name: &str, mounting: Mounting, policy: Arc<Policy>) -> Outcome<Arc<Volumes>> {
+async fn cache(driver_name: &str, command: CacheCommand) -> Outcome {
+    match command {
+        CacheCommand::List { output, directory, data_dir } => {
+            let entries = copies::list(&directory.path(&data_dir.path(driver_name)))?;
+            match output {
+                Output::Text => entries.iter().for_each(|entry| println!("{entry}")),
+                Output::Json => println!("{}", serde_json::to_string_pretty(&entries)?),
+            }
+        }
+        CacheCommand::Warm { specs, copying, mounting, policy } => {
+            warm(driver_name, &specs, &copying, mounting, &policy).await?;
+        }
+        CacheCommand::Evict { images, directory, data_dir } => {
+            let mut used = 0;
+            copies::evict(&directory.path(&data_dir.path(driver_name)), &images, |entry, evicted| {
+                used += usize::from(!evicted);
+                println!("{}: {}", entry.original.name, if evicted { "removed" } else { "in use, and left" });
+            })?;
+            if used > 0 {
+                return Err(
+                    format!("{used} copies are in use: they can be removed when no volume stands on them").into()
+                );
+            }
+        }
+        CacheCommand::Verify { directory, data_dir } => {
+            let mut wrong = 0;
+            copies::verify(&directory.path(&data_dir.path(driver_name)), |entry, verified| {
+                wrong += usize::from(verified == Verified::Wrong);
+                let words = match verified {
+                    Verified::Right => "as it was copied",
+                    Verified::Wrong => "damaged, and removed",
+                };
+                println!("{}: {words}", entry.original.name);
+            })?;
+            if wrong > 0 {
+                return Err(format!(
+                    "{wrong} copies were damaged: look after this node's disk; what runs on them reads wrong bytes"
+                )
+                .into());
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn warm(
+    driver_name: &str,
+    specs: &[PathBuf],
+    copying: &Copying,
+    mounting: Mounting,
+    policy: &PolicyFile,
+) -> Outcome {
+    let Some(config) = copying.config(&mounting.data_dir.path(driver_name)) else {
+        return Err("how much of the disk copies may take is not known: set --cache-quota".into());
+    };
+    let config = CacheConfig { by_default: true, ..config };
+    let volumes = volumes(driver_name, mounting, Some(config), Arc::new(read_policy(policy)?))?;
+    for spec in specs {
+        let parsed = spec::json::parse(&read(spec)?)?;
+        warn(parsed.warnings());
+        for entry in volumes.warm(&volumes.allow(parsed, None)?).await? {
+            println!("{entry}");
+        }
+    }
+    Ok(())
+}
+
+fn volumes(
+    driver_name: &str,
+    mounting: Mounting,
+    cache: Option<CacheConfig>,
+    policy: Arc<Policy>,
+) -> Outcome<Arc<Volumes>> {
     let config = Config {
         policy,
         data_dir: mounting.data_dir.path(driver_name),
         driver_name: driver_name.to_owned(),
         host_root: mounting.host_root,
         nfs_read_ahead: mounting.nfs_read_ahead,
+        cache,
         timeout: Duration::from_secs(mounting.timeout.seconds),
     };
     Ok(Volumes::new(config, Arc::new(Linux::new()?))?)

@@ -30,6 +30,20 @@ struct Metrics {
     /// By server; a server for which nobody waits has no entry.
     waiting: Mutex<BTreeMap<Arc<str>, i64>>,
     releasing: Gauge,
+    cache: Cache,
+}
+
+/// What becomes of the copies of images on the node's disk.
+#[derive(Default)]
+pub struct Cache {
+    /// Images that were attached from a copy.
+    pub hits: Counter,
+    /// Images that were to be, and had none.
+    pub misses: Counter,
+    pub copied_bytes: Counter,
+    pub evictions: Counter,
+    pub failures: Counter,
+    under_way: Gauge,
 }
 
 static METRICS: LazyLock<Metrics> = LazyLock::new(|| Metrics {
@@ -38,6 +52,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| Metrics {
     step_errors: Family::default(),
     waiting: Mutex::default(),
     releasing: Gauge::default(),
+    cache: Cache::default(),
 });
 
 fn histogram() -> Histogram {
@@ -132,6 +147,28 @@ impl Drop for Releasing {
     }
 }
 
+/// Anyone may count.
+pub fn cache() -> &'static Cache {
+    &METRICS.cache
+}
+
+/// A copy that is being made, while this lives.
+pub struct UnderWay(());
+
+impl UnderWay {
+    #[allow(clippy::new_without_default, reason = "it counts")]
+    pub fn new() -> Self {
+        METRICS.cache.under_way.inc();
+        UnderWay(())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        METRICS.cache.under_way.dec();
+    }
+}
+
 /// All that was counted so far, to be encoded; the caller may add to it.
 pub fn registry() -> Registry {
     let mut registry = Registry::with_prefix(PREFIX);
@@ -155,6 +192,22 @@ pub fn registry() -> Registry {
     );
     let releasing = metrics.releasing.clone();
     registry.register("unfinished_releases", "What the kernel still lets go of after a teardown", releasing);
+    let Cache { hits, misses, copied_bytes, evictions, failures, under_way } = &metrics.cache;
+    registry.register("cache_hits", "Images that were attached from the copy on this node", hits.clone());
+    registry.register(
+        "cache_misses",
+        "Images that were to be attached from a copy, of which there was none",
+        misses.clone(),
+    );
+    let help = "Bytes of images that were copied to this node";
+    registry.register_with_unit("cache_copied", help, Unit::Bytes, copied_bytes.clone());
+    registry.register("cache_evictions", "Copies that made way for others", evictions.clone());
+    registry.register("cache_failures", "Copies that failed", failures.clone());
+    registry.register(
+        "cache_copies_under_way",
+        "Copies that are being made, or wait for their turn",
+        under_way.clone(),
+    );
     registry
 }
 

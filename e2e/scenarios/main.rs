@@ -6,6 +6,7 @@
 mod harness;
 
 mod bad_input;
+mod copies;
 mod grammar;
 mod killed;
 mod operations;

@@ -2,6 +2,7 @@
 //! place of mount points. It needs no root.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{PipeReader, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -42,6 +43,7 @@ struct State {
 struct Loop {
     tag: Tag,
     identity: ImageIdentity,
+    file: File,
     /// At its end when nobody has the device open.
     users: PipeReader,
 }
@@ -240,9 +242,19 @@ impl Kernel for Double {
         let (reader, writer) = pipe().doing(|| "make a pipe".into())?;
         let number = live.last().map_or(0, |last| last + 1);
         self.call(format!("loop{number}: an image of {} bytes", image.identity.size), Subject::Node)?;
-        let device = Loop { tag: tag.clone(), identity: image.identity, users: reader };
+        let file = image.file.try_clone().unwrap();
+        let device = Loop { tag: tag.clone(), identity: image.identity, file, users: reader };
         lock(&self.state).loop_devices.insert(number, device);
         Ok(LoopDevice::of_number(number, writer.into()))
+    }
+
+    fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()> {
+        let number = device.number();
+        self.call(format!("loop{number}: another file of {} bytes", copy.identity.size), Subject::Node)?;
+        let mut state = lock(&self.state);
+        let device = state.loop_devices.get_mut(&number).unwrap();
+        (device.identity, device.file) = (copy.identity, copy.file.try_clone().unwrap());
+        Ok(())
     }
 
     fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>> {
@@ -251,7 +263,8 @@ impl Kernel for Double {
         let devices = state.loop_devices.iter().filter(|(number, device)| live.contains(number) && device.tag == *tag);
         let describe = |(number, device): (&u32, &Loop)| {
             let (identity, opened) = (device.identity, LoopDevice::of_number(*number, device.open()?));
-            Ok(Attached { device: opened, identity, backing_file: None, read_bytes: 0 })
+            let backing_file = Some(path_of(device.file.as_fd()).display().to_string());
+            Ok(Attached { device: opened, identity, backing_file, read_bytes: 0 })
         };
         devices.map(describe).collect()
     }

@@ -42,6 +42,29 @@ pub struct ImageIdentity {
 }
 
 impl Image {
+    /// What an open file is now, and when it was changed. On NFS the server is asked.
+    pub fn look_again(file: &File) -> Result<(Content, u64)> {
+        let stat =
+            rustix::fs::statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)
+                .doing(|| "look at an image again".into())?;
+        let time = |time: rustix::fs::StatxTimestamp| nanoseconds(time.tv_sec, time.tv_nsec.into());
+        let content = Content { inode: stat.stx_ino, size: stat.stx_size, modified: time(stat.stx_mtime) };
+        Ok((content, time(stat.stx_ctime)))
+    }
+
+    /// A file of this node that has the bytes of an image which is elsewhere. It is told from other files by what it is and by when
+    /// that image was `changed`, so that a device which was moved to it is the same as one that began with it.
+    pub fn copy(file: File, content: Content, changed: u64) -> Result<Self> {
+        let metadata = file.metadata().doing(|| "look at the copy of an image".into())?;
+        if metadata.size() != content.size {
+            let hint =
+                format!("it has {} bytes in place of {}: somebody else wrote to it", metadata.size(), content.size);
+            return Err(Error::new("open the copy of an image", Errno::NODATA).with_hint(hint));
+        }
+        let (device, inode) = (metadata.dev(), metadata.ino());
+        Ok(Image { file, identity: ImageIdentity { device, inode, size: content.size, changed }, content })
+    }
+
     /// Opens the regular file `path` below `base`, which it cannot leave (openat2(2)).
     ///
     /// On NFS the server says which file that is now, whatever the client has cached.

@@ -75,6 +75,10 @@ impl Kernel for Linux {
         LoopDevice::of(image, tag)
     }
 
+    fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()> {
+        device.change_backing(copy)
+    }
+
     fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>> {
         loop_device::list(tag)
     }

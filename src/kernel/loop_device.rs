@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::loop_device::{
-    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, loop_config,
-    loop_info64,
+    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CHANGE_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64,
+    loop_config, loop_info64,
 };
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -59,7 +59,7 @@ impl Tag {
 #[derive(Debug)]
 pub struct LoopDevice {
     number: u32,
-    _fd: OwnedFd,
+    fd: OwnedFd,
 }
 
 impl LoopDevice {
@@ -75,7 +75,7 @@ impl LoopDevice {
     /// For a double, which holds something else open.
     #[cfg(test)]
     pub(super) fn of_number(number: u32, fd: OwnedFd) -> Self {
-        LoopDevice { number, _fd: fd }
+        LoopDevice { number, fd }
     }
 
     /// The device of this image: the one that has it already, or a new one.
@@ -98,6 +98,18 @@ impl LoopDevice {
         Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, "csi-squashfs-scratch")
     }
 
+    /// Puts a copy of the device's image in its place, under whoever reads in it. Waits for the reads that are under way, and others wait
+    /// meanwhile: not for where a server may not answer.
+    pub fn change_backing(&self, copy: &Image) -> Result<()> {
+        // SAFETY: LOOP_CHANGE_FD takes a file descriptor.
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), LOOP_CHANGE_FD as _, copy.file.as_raw_fd()) } {
+            0 => Ok(()),
+            _ => {
+                Err(Error::new(format!("move /dev/loop{} to another file (LOOP_CHANGE_FD)", self.number), last_errno()))
+            }
+        }
+    }
+
     fn configure_free(file: &File, flags: u32, name: &str) -> Result<Self> {
         let control = open_control()?;
         let mut config = loop_config {
@@ -114,7 +126,7 @@ impl LoopDevice {
         while start.elapsed() < PATIENCE {
             let number = free_number(&control)?;
             match configure(number, &config) {
-                Ok(fd) => return Ok(LoopDevice { number, _fd: fd }),
+                Ok(fd) => return Ok(LoopDevice { number, fd }),
                 // All who ask at once are told the same number, and one of them gets it.
                 Err(errno @ Errno::BUSY) => {
                     last = errno;
@@ -196,7 +208,7 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, ImageIdentity)>
         tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
         return Ok(None);
     }
-    let ours = |identity| (LoopDevice { number, _fd: fd }, identity);
+    let ours = |identity| (LoopDevice { number, fd }, identity);
     Ok(tag.read(&info).map(ours))
 }
 

@@ -60,6 +60,8 @@ pub trait Kernel: Send + Sync {
     fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()>;
     /// The loop device of this image with this mark: the one that has it already, or a new one. One thread at a time for one image.
     fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice>;
+    /// Puts a copy of the device's image in its place. See [`LoopDevice::change_backing`].
+    fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()>;
     /// All loop devices with this mark, by number; each is held open while the answer lives.
     fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>>;
     /// What the NFS client counts for the mounts of the driver's namespace. Asks no server.

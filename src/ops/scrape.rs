@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::kernel::mountstats::NfsCounters;
 use crate::kubernetes::registration::Registered;
 use crate::metrics::{self, Labels};
-use crate::volume::Observation;
+use crate::volume::{Kept, Observation};
 
 /// The media type of the text format of OpenMetrics 1.0.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -31,6 +31,9 @@ pub async fn scrape(watched: &Watched) -> Result<String> {
         let observation = volumes.observe().await?;
         register_volumes(&mut registry, &observation);
         register_nfs(&mut registry, &observation.nfs);
+        if let Some(kept) = &observation.cache {
+            register_cache(&mut registry, kept);
+        }
     }
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|error| Error::new(Kind::Internal, format!("encode the metrics: {error}")))?;
@@ -62,6 +65,14 @@ fn register_volumes(registry: &mut Registry, observation: &Observation) {
         Unit::Bytes,
         read,
     );
+}
+
+fn register_cache(registry: &mut Registry, kept: &Kept) {
+    let number = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    let complete = kept.entries.iter().filter(|entry| entry.is_complete()).count();
+    register(registry, "cache_bytes", "What the copies of images take of the disk", number(kept.bytes));
+    register(registry, "cache_quota_bytes", "What the copies of images may take", number(kept.quota));
+    register(registry, "cached_images", "Images of which there is a copy on this node", count(complete));
 }
 
 fn register_nfs(registry: &mut Registry, mounts: &[NfsCounters]) {

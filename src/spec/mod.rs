@@ -3,6 +3,7 @@
 //! A volume names its mount in one of two forms: the JSON `mount` object of the Kraken ImageAPI ([`json`]) or flat
 //! parameters ([`parameters`]). Both become the same [`Mount`]; the admin's [`policy`] then says whether it is allowed.
 
+mod copies;
 pub mod error;
 pub mod json;
 mod mount_options;
@@ -12,7 +13,7 @@ mod parsed;
 mod pattern;
 pub mod plan;
 pub mod policy;
-mod quantity;
+pub mod quantity;
 mod read;
 pub mod schema;
 pub mod template;
@@ -25,6 +26,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use copies::{Cache, Digest};
 pub use error::SpecError;
 pub use parsed::{Allowed, Parsed};
 
@@ -196,7 +198,18 @@ pub struct Loopback {
     /// Relative to the base, without a leading slash.
     pub path: String,
     pub symlinks: Symlinks,
+    /// `None` leaves it to the node.
+    pub cache: Option<Cache>,
+    /// What its bytes must be.
+    pub digest: Option<Digest>,
     pub base: Base,
+}
+
+impl Loopback {
+    /// One that says no more of the file than where it is.
+    pub fn new(path: String, base: Base) -> Loopback {
+        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, base }
+    }
 }
 
 /// Whether the path of an image or a directory may go through symlinks below its base. They never lead out of it, and below the node's

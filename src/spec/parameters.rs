@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::copies::{CACHE, Copies, DIGEST};
 use super::error::{SpecError, unknown};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
@@ -28,6 +29,8 @@ pub(super) const KNOWN: &[&str] = &[
     "overlay",
     "overlaySize",
     SYMLINKS,
+    CACHE,
+    DIGEST,
     mount_options::PARAMETER,
 ];
 
@@ -39,7 +42,8 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required),
 /// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
-/// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`.
+/// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
+/// (`node` or `none`) whether its images are copied to the node; and `digest` what the one image is, as `sha256:` and its sum.
 ///
 /// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
 /// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.
@@ -56,12 +60,13 @@ pub fn parse_attributes<'a>(
         Some(REFUSE) => Symlinks::Refuse,
         Some(other) => return Err(invalid(SYMLINKS, unknown("value", other, &["follow", REFUSE]))),
     };
+    let copies = Copies::parse(attributes.remove(CACHE).as_deref(), attributes.remove(DIGEST).as_deref())?;
     let parsed = match (attributes.remove(MOUNT_SPEC), attributes.keys().next()) {
         (None, _) => flat(&attributes, &mount_options),
         (Some(_), Some(key)) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),
         (Some(spec), None) => json::parse_with(&spec, &mount_options),
     };
-    parsed.map(|parsed| parsed.with_symlinks(symlinks))
+    parsed?.with_symlinks(symlinks).with_copies(copies)
 }
 
 /// The parameters in the spelling of `known`, without those of Kubernetes.
@@ -109,7 +114,7 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
     let image = Mount::Attach(Attach {
         fs_type: get("fsType").map_or(Ok(FsType::Squashfs), FsType::parse).map_err(at("fsType"))?,
         no_exec: options.no_exec,
-        device: Device::Loopback(Loopback { path: image, symlinks: Symlinks::Follow, base }),
+        device: Device::Loopback(Loopback::new(image, base)),
     });
     let mount = match overlay(get("overlay"), get("overlaySize"))? {
         Upper::None => image,

@@ -2,9 +2,10 @@
 
 use std::ops::Deref;
 
+use super::copies::Copies;
 use super::error::SpecError;
 use super::policy::Policy;
-use super::{Mount, Symlinks};
+use super::{MOUNT_SPEC, Mount, Symlinks};
 
 /// A spec that was read, and what its author should know about it. Whether it is allowed is another question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,12 @@ impl Parsed {
         self
     }
 
+    /// The same, where images are copied to the node or not.
+    pub(super) fn with_copies(mut self, copies: Copies) -> Result<Parsed, SpecError> {
+        copies.apply(&mut self.mount)?;
+        Ok(self)
+    }
+
     /// To look at, not to mount.
     pub fn mount(&self) -> &Mount {
         &self.mount
@@ -47,11 +54,11 @@ impl Parsed {
     pub fn allowed_by(self, policy: &Policy, namespace: Option<&str>) -> Result<Allowed, SpecError> {
         let form = self.form;
         Allowed::new(self.mount, policy, namespace).map_err(|error| match form {
-            Form::Json => error,
-            Form::Flat => {
+            Form::Flat if error.parameter == MOUNT_SPEC => {
                 let parameter = flat_parameter(&error.pointer).to_owned();
                 SpecError { parameter, pointer: String::new(), ..error }
             }
+            Form::Json | Form::Flat => error,
         })
     }
 }

@@ -15,10 +15,11 @@ use serde_json::Value;
 use export::Limits;
 pub use layers::{Share, WritableLayers};
 
+use super::copies::CACHE;
 use super::error::{SpecError, quote};
 use super::pattern::{components, covers, matches, names_host};
 use super::read::{self, Object, words};
-use super::{Attach, Base, Bind, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, text};
+use super::{Attach, Base, Bind, Cache, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, text};
 
 /// The name of the policy in errors.
 const PARAMETER: &str = "policy";
@@ -44,6 +45,7 @@ pub struct Policy {
     required_nfs_options: Vec<String>,
     nfs_limits: Limits,
     writable_exports: bool,
+    node_cache: bool,
     writable_layers: WritableLayers,
     namespaces: Vec<Namespaces>,
 }
@@ -88,6 +90,7 @@ impl Default for Policy {
             required_nfs_options: Vec::new(),
             nfs_limits: Limits::new(),
             writable_exports: true,
+            node_cache: true,
             writable_layers: WritableLayers::default(),
             namespaces: Vec::new(),
         }
@@ -137,6 +140,11 @@ impl Policy {
     /// Whether it says different things of different namespaces.
     pub fn needs_namespace(&self) -> bool {
         !self.namespaces.is_empty() || self.writable_layers.per_namespace != Share::default()
+    }
+
+    /// Whether images may be copied to the node's disk where a volume does not say so.
+    pub fn node_cache(&self) -> bool {
+        self.node_cache
     }
 
     /// What the pods of a namespace may have of writable layers on one node, all together.
@@ -203,6 +211,9 @@ impl Policy {
             return Err(denied(format!("{at}/fs_type"), &what, known));
         }
         match &attach.device {
+            Device::Loopback(Loopback { cache: Some(Cache::Node), .. }) if !self.node_cache => {
+                Err(SpecError::denied(CACHE, "", "a copy on the node is not allowed by the policy; allowed: none"))
+            }
             Device::Local { path } => self.local_devices.check(&format!("{at}/attach/local/path"), path),
             Device::Loopback(Loopback { base: Base::Root, path, .. }) => {
                 self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))

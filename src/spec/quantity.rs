@@ -19,7 +19,7 @@ const SUFFIXES: &[(&str, u64)] = &[
 ];
 
 /// Reads a size of at least one byte and less than 8 Ei; parts of a byte are rounded up, as Kubernetes does.
-pub(super) fn bytes(text: &str) -> Result<u64, String> {
+pub fn bytes(text: &str) -> Result<u64, String> {
     let invalid = || format!("{} is not a size: a number above 0 with an optional suffix, such as 256Mi", quote(text));
     // More digits than that cannot be a size, and keep the arithmetic below from overflowing.
     if text.len() > 20 {

@@ -78,7 +78,7 @@ fn layer() -> impl Strategy<Value = Mount> {
                 Mount::Bind(Bind { path, symlinks: Symlinks::Follow, base, recursive, read_only })
             }),
             (path, base, select(&FsType::ALL[..]), any::<bool>()).prop_map(|(path, base, fs_type, no_exec)| {
-                let device = Device::Loopback(Loopback { path, symlinks: Symlinks::Follow, base });
+                let device = Device::Loopback(Loopback::new(path, base));
                 Mount::Attach(Attach { fs_type, no_exec, device })
             }),
         ]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Attach, Base, Bind, Device, FsType, Mount, Nfs, Overlay, Symlinks, Upper};
+use super::{Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, Overlay, Symlinks, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -58,8 +58,7 @@ impl Mount {
     }
 
     /// The image files, each before the image that it lies in.
-    #[cfg(test)]
-    pub fn images(&self) -> Vec<&super::Loopback> {
+    pub fn images(&self) -> Vec<&Loopback> {
         let mut images = Vec::new();
         self.visit("", &mut |_, mount| {
             if let Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) = mount {
@@ -115,25 +114,27 @@ impl Mount {
         }
     }
 
-    /// Sets what holds for the path of every image and directory in it.
-    pub(super) fn set_symlinks(&mut self, symlinks: Symlinks) {
+    /// Changes this mount and those inside it.
+    pub(super) fn visit_mut(&mut self, change: &mut impl FnMut(&mut Mount)) {
+        change(self);
         let base = match self {
-            Mount::Attach(Attach { device: Device::Loopback(image), .. }) => {
-                image.symlinks = symlinks;
-                &mut image.base
-            }
-            Mount::Bind(bind) => {
-                bind.symlinks = symlinks;
-                &mut bind.base
-            }
-            Mount::Overlay(overlay) => {
-                return overlay.lower.iter_mut().for_each(|layer| layer.set_symlinks(symlinks));
-            }
+            Mount::Attach(Attach { device: Device::Loopback(image), .. }) => &mut image.base,
+            Mount::Bind(bind) => &mut bind.base,
+            Mount::Overlay(overlay) => return overlay.lower.iter_mut().for_each(|layer| layer.visit_mut(change)),
             Mount::Attach(Attach { device: Device::Local { .. }, .. }) | Mount::Nfs(_) => return,
         };
         if let Base::Mount(mount) = base {
-            mount.set_symlinks(symlinks);
+            mount.visit_mut(change);
         }
+    }
+
+    /// Sets what holds for the path of every image and directory in it.
+    pub(super) fn set_symlinks(&mut self, symlinks: Symlinks) {
+        self.visit_mut(&mut |mount| match mount {
+            Mount::Attach(Attach { device: Device::Loopback(image), .. }) => image.symlinks = symlinks,
+            Mount::Bind(bind) => bind.symlinks = symlinks,
+            Mount::Attach(Attach { device: Device::Local { .. }, .. }) | Mount::Nfs(_) | Mount::Overlay(_) => {}
+        });
     }
 
     /// One line for each image, export and directory that is shown: `image.sqsh (squashfs) of 10.0.0.5:/images (nfs 4.2)`.

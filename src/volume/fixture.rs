@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::publication::Publication;
-use super::{Config, Volumes};
+use super::{Bounds, CacheConfig, Config, Volumes};
 use crate::error::Result;
 use crate::kernel::double::Double;
 use crate::lock::lock;
@@ -23,6 +23,7 @@ pub struct Node {
     pub timeout: Duration,
     directory: tempfile::TempDir,
     policy: Arc<Policy>,
+    server: tokio::task::AbortHandle,
 }
 
 impl Node {
@@ -37,10 +38,18 @@ impl Node {
         std::fs::create_dir_all(directory.path().join("host/srv/tools")).unwrap();
         let listener = TcpListener::bind(("0.0.0.0", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        tokio::spawn(answer_null_calls(listener));
+        let server = tokio::spawn(answer_null_calls(listener)).abort_handle();
         let policy = Arc::new(Policy::parse(policy).unwrap());
         let volumes = start(&kernel, directory.path(), &policy, timeout);
-        Node { kernel, volumes, port, timeout, directory, policy }
+        Node { kernel, volumes, port, timeout, directory, policy, server }
+    }
+
+    /// From now on the NFS server refuses all connections.
+    pub async fn stop_server(&self) {
+        self.server.abort();
+        while tokio::net::TcpStream::connect(("127.0.0.1", self.port)).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// A new process in the place of the one that was killed.
@@ -88,6 +97,11 @@ impl Node {
         let directory = self.directory.path().join("pods").join(pod);
         std::fs::create_dir_all(&directory).unwrap();
         directory.join("mount")
+    }
+
+    /// Where copies of images are kept.
+    pub fn cache_dir(&self) -> PathBuf {
+        self.directory.path().join("cache")
     }
 
     pub fn data_dir(&self) -> PathBuf {
@@ -172,6 +186,13 @@ fn start(kernel: &Arc<Double>, directory: &Path, policy: &Arc<Policy>, timeout: 
         data_dir: directory.join("data"),
         host_root: directory.join("host"),
         nfs_read_ahead: None,
+        cache: Some(CacheConfig {
+            directory: directory.join("cache"),
+            bounds: Bounds { quota: 1 << 20, min_free: 1 },
+            rate: None,
+            copies: 1,
+            by_default: false,
+        }),
         policy: Arc::clone(policy),
         timeout,
     };

@@ -45,6 +45,7 @@
 //! 3. For moments: the operations under way, the live objects of [`source`], the places of servers, the deletions of [`record`].
 //! 4. For moments, and each by itself: `staged`, `published`, what [`report`] remembers, the step of an operation, metrics.
 
+mod cache;
 #[cfg(test)]
 pub mod fixture;
 mod in_flight;
@@ -61,6 +62,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
 pub use report::{Observation, Stats, Usage, status, try_overlay, waiting};
 pub use source::ask_host;
@@ -72,6 +74,7 @@ use crate::lock::lock;
 use crate::metrics::Timer;
 use crate::spec::policy::Policy;
 use crate::spec::{Allowed, Parsed};
+use cache::Cache;
 use in_flight::{InFlight, Key, Lease, Request};
 use record::Records;
 use report::Report;
@@ -80,6 +83,9 @@ use source::{Known, Prepared, Preparer};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often it is looked for copies that are not made yet.
+const TEND: Duration = Duration::from_secs(60);
 
 /// What the driver is told when it starts.
 #[derive(Clone, Debug)]
@@ -92,6 +98,8 @@ pub struct Config {
     pub host_root: PathBuf,
     /// How many KiB the kernel reads ahead in files of NFS exports; `None` leaves that to the kernel.
     pub nfs_read_ahead: Option<u32>,
+    /// How copies of images are kept; `None` for a process that keeps none.
+    pub cache: Option<CacheConfig>,
     /// What volumes may ask for.
     pub policy: Arc<Policy>,
     /// How long a call may take before it is answered with `DEADLINE_EXCEEDED`; its work goes on.
@@ -118,10 +126,15 @@ impl Volumes {
     /// Makes the data directory.
     pub fn new(config: Config, kernel: Arc<dyn Kernel>) -> Result<Arc<Self>> {
         blocking::start_releasing();
-        let Config { driver_name, data_dir, host_root, nfs_read_ahead, policy, timeout } = config;
+        let Config { driver_name, data_dir, host_root, nfs_read_ahead, cache, policy, timeout } = config;
         let mark = Mark::new(&driver_name);
         let records = Records::new(&data_dir)?;
-        let preparer = Preparer::new(Arc::clone(&kernel), policy, mark.clone(), &host_root, nfs_read_ahead)?;
+        let cache = match cache {
+            Some(config) => Cache::new(config, &driver_name),
+            None => Cache::off("the driver runs without --cache-quota"),
+        };
+        let (cache, kernel_too) = (Arc::new(cache), Arc::clone(&kernel));
+        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache)?;
         let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
             report: Report::new(Arc::clone(&kernel), mark.clone(), Arc::clone(&preparer), records.clone(), timeout),
@@ -248,6 +261,40 @@ impl Volumes {
     /// Waits until the scratch layers of what was unpublished are deleted: for a process that ends.
     pub fn finish_deletions(&self) {
         self.records.finish_deletions();
+    }
+
+    /// What this process copies to this node now, and what it failed to.
+    pub fn copies_under_way(&self) -> Vec<UnderWay> {
+        self.preparer.cache().under_way()
+    }
+
+    /// Copies the images of a mount to this node and waits for it: see [`Preparer::warm`].
+    pub async fn warm(&self, mount: &Allowed) -> Result<Vec<Entry>> {
+        let mut copies = Vec::new();
+        for image in mount.images() {
+            copies.push(self.preparer.warm(image).await?);
+        }
+        Ok(copies)
+    }
+
+    /// Sees to the copies of published images from now on: goes on with what was cut short or failed.
+    pub fn tend_copies(self: &Arc<Self>) {
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            loop {
+                if let Err(error) = this.tend_copies_now().await {
+                    tracing::error!(%error, "see to the copies of images");
+                }
+                tokio::time::sleep(TEND).await;
+            }
+        });
+    }
+
+    async fn tend_copies_now(&self) -> Result<()> {
+        let records = self.records.clone();
+        let list = blocking::run("list the records", move || records.list()).await?;
+        let images: HashMap<_, _> = list.records.into_iter().flat_map(|record| record.images).collect();
+        self.preparer.tend(images.into_iter().collect()).await
     }
 
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves

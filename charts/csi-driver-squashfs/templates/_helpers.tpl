@@ -128,3 +128,8 @@ annotations:
 {{- fail (printf "metrics.%s.enabled needs metrics.enabled" .value) -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Where the nodes keep copies of images; empty for the driver's own directory, or where they keep none. */}}
+{{- define "squashfs.cacheDirectory" -}}
+{{- if .Values.node.cache.quota }}{{ .Values.node.cache.directory }}{{ end }}
+{{- end }}

@@ -106,7 +106,7 @@ impl<'a> Reader<'a> {
         if path.is_empty() {
             return Err(invalid(at, "/path", "names no file: the path of the image below the base"));
         }
-        Ok(Loopback { path, symlinks: Symlinks::Follow, base: self.base(at, wire.base, wire.mount, depth)? })
+        Ok(Loopback::new(path, self.base(at, wire.base, wire.mount, depth)?))
     }
 
     fn bind(&mut self, at: &str, Object(wire): Object<wire::MountBind>, depth: usize) -> Result<Bind, SpecError> {

@@ -1,8 +1,8 @@
 use super::*;
 use crate::spec::error::ErrorKind;
 use crate::spec::{
-    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay,
-    Symlinks, Upper, mount_options,
+    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
+    mount_options,
 };
 
 const SEED: &str = include_str!("../testdata/nfs-loopback.json");
@@ -32,7 +32,7 @@ fn the_image_api_s_own_example_is_read() {
     let image = Mount::Attach(Attach {
         fs_type: FsType::Squashfs,
         no_exec: false,
-        device: Device::Loopback(Loopback { path: "image.sqsh".to_owned(), symlinks: Symlinks::Follow, base }),
+        device: Device::Loopback(Loopback::new("image.sqsh".to_owned(), base)),
     });
     let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::default() });
     assert_eq!(parse(SEED), Ok(Parsed::new(mount, vec![], Form::Json)));

@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks};
 
 /// What is written.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -92,10 +92,21 @@ pub struct Loopback {
     /// From version 2 on.
     #[serde(default)]
     refuse_symlinks: bool,
+    /// From version 3 on.
+    #[serde(default)]
+    cache: Option<Cache>,
+    #[serde(default)]
+    digest: Option<String>,
     base: Base,
     /// What the image was when it was attached.
     #[serde(default)]
     content: Option<Image>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub enum Cache {
+    Node,
+    None,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -198,6 +209,11 @@ impl Mount {
                     spec::Device::Loopback(image) => Device::Loopback(Loopback {
                         path: image.path.clone(),
                         refuse_symlinks: image.symlinks == Symlinks::Refuse,
+                        cache: image.cache.map(|cache| match cache {
+                            spec::Cache::Node => Cache::Node,
+                            spec::Cache::None => Cache::None,
+                        }),
+                        digest: image.digest.map(|digest| digest.to_string()),
                         base: Base::of(&image.base, images),
                         content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
                             let Content { inode, size, modified } = *content;
@@ -263,9 +279,14 @@ impl Mount {
                 no_exec,
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
-                    Device::Loopback(Loopback { path, refuse_symlinks, base, content }) => {
-                        let symlinks = symlinks(refuse_symlinks);
-                        let image = spec::Loopback { path, symlinks, base: base.spec(images)? };
+                    Device::Loopback(Loopback { path, refuse_symlinks, cache, digest, base, content }) => {
+                        let cache = cache.map(|cache| match cache {
+                            Cache::Node => spec::Cache::Node,
+                            Cache::None => spec::Cache::None,
+                        });
+                        let digest = digest.map(|digest| spec::Digest::parse(&digest)).transpose()?;
+                        let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
+                        let image = spec::Loopback { path, symlinks, cache, digest, base };
                         if let Some(Image { inode, size, modified }) = content {
                             images.push((image.clone(), Content { inode, size, modified }));
                         }

@@ -41,11 +41,22 @@ impl Conditions {
     pub async fn of(&self, record: &Record) -> Option<String> {
         for (image, attached) in &record.images {
             if let Some(export) = image.base.export() {
-                let wrong = match self.look_at(image).await {
-                    Ok(now) => changed(attached, &now),
-                    Err(error) if error.kind == Kind::NotFound => {
-                        Some("is gone from the server: what is not cached yet may be unreadable".to_owned())
-                    }
+                if let Err(error) = self.preparer.check_digest(image, *attached).await {
+                    return Some(format!("image {} is not the one that is wanted: {error}", image.path));
+                }
+                let now = self.look_at(image).await;
+                if now.as_ref().is_ok_and(|now| now == attached) {
+                    continue;
+                }
+                // Where even that cannot be found out, nothing better is known than what the server says.
+                let is_local = self.preparer.is_local(image, *attached).await.unwrap_or_default();
+                let wrong = match now {
+                    Ok(now) => changed(attached, &now, is_local),
+                    Err(error) if error.kind == Kind::NotFound => Some(match is_local {
+                        true => "is gone from the server: this volume goes on with its copy on this node".to_owned(),
+                        false => "is gone from the server: what is not cached yet may be unreadable".to_owned(),
+                    }),
+                    Err(_) if is_local => None,
                     Err(error) => Some(format!("cannot be looked at: {error}")),
                 };
                 if let Some(wrong) = wrong {
@@ -79,12 +90,14 @@ impl Conditions {
     }
 }
 
-fn changed(attached: &Content, now: &Content) -> Option<String> {
+fn changed(attached: &Content, now: &Content, is_local: bool) -> Option<String> {
     if attached == now {
         return None;
     }
     Some(if attached.inode != now.inode {
         "was replaced on the server: this volume keeps the old file; pods that start anew get the new one".into()
+    } else if is_local {
+        "was written over on the server: this volume goes on with its copy on this node; pods that start anew get the new one".into()
     } else if now.size < attached.size {
         format!("was truncated on the server, from {} to {} bytes: its content is damaged", attached.size, now.size)
     } else {
@@ -99,10 +112,12 @@ mod tests {
     #[test]
     fn each_way_in_which_an_image_can_change_has_its_words() {
         let attached = Content { inode: 1, size: 100, modified: 5 };
-        let words = |now| changed(&attached, &now).unwrap_or_default();
+        let words = |now| changed(&attached, &now, false).unwrap_or_default();
         assert_eq!(words(attached), "");
         assert!(words(Content { inode: 2, ..attached }).contains("replaced"));
         assert!(words(Content { size: 50, ..attached }).contains("truncated on the server, from 100 to 50"));
-        assert!(words(Content { modified: 6, ..attached }).contains("written over"));
+        assert!(words(Content { modified: 6, ..attached }).contains("its content is damaged"));
+        let with_copy = changed(&attached, &Content { modified: 6, ..attached }, true).unwrap();
+        assert!(with_copy.contains("goes on with its copy"), "{with_copy}");
     }
 }

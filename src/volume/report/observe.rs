@@ -8,6 +8,7 @@ use crate::blocking;
 use crate::error::{Error, Result};
 use crate::kernel::mountstats::NfsCounters;
 use crate::lock::lock;
+use crate::volume::cache::Kept;
 
 /// The volumes of a node at one moment.
 #[derive(Debug)]
@@ -21,20 +22,25 @@ pub struct Observation {
     pub published: Vec<PublishedVolume>,
     pub loop_devices: Vec<Loop>,
     pub nfs: Vec<NfsCounters>,
+    /// The copies of images; `None` where none are kept.
+    pub cache: Option<Kept>,
 }
 
 impl Report {
     /// Asks no server. `staged` is how many volumes are.
     pub async fn observe(&self, staged: usize) -> Result<Observation> {
         let (kernel, mark, records) = (Arc::clone(&self.kernel), self.mark.clone(), self.records.clone());
+        let cache = Arc::clone(self.preparer.cache());
         let look = move || {
             let list = records.list()?;
             let published = status::volumes(&list.records, &kernel.mounts()?);
-            let loop_devices = status::loop_devices(kernel.loop_devices(mark.tag())?, &published);
-            Ok::<_, Error>((list.unreadable, published, loop_devices, kernel.nfs_counters()?))
+            let kept = cache.kept()?;
+            let copies = kept.as_ref().map_or(&[][..], |kept| &kept.entries);
+            let loop_devices = status::loop_devices(kernel.loop_devices(mark.tag())?, &published, copies);
+            Ok::<_, Error>((list.unreadable, published, loop_devices, kernel.nfs_counters()?, kept))
         };
         let looked = blocking::run("look at the volumes of this node", look).await?;
-        let (unreadable, published, loop_devices, nfs) = looked;
+        let (unreadable, published, loop_devices, nfs, cache) = looked;
         let abnormal = {
             let mut abnormal = lock(&self.abnormal);
             // An answer about a volume may come after its end.
@@ -44,6 +50,6 @@ impl Report {
             });
             abnormal.len()
         };
-        Ok(Observation { staged, abnormal, unreadable_records: unreadable.len(), published, loop_devices, nfs })
+        Ok(Observation { staged, abnormal, unreadable_records: unreadable.len(), published, loop_devices, nfs, cache })
     }
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::waiting::{self, Waiting};
+use super::waiting::{self, Told, Waiting};
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
 use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
+use crate::volume::cache::{Entry, UnderWay, by_hand, stands_on};
 use crate::volume::record::{self, List, Record, Unreadable};
 use crate::volume::source::mark::{Mark, loop_devices_of, without_nfs_directory};
 
@@ -25,6 +26,8 @@ pub struct Status {
     pub threads: Vec<WaitingThread>,
     /// What the threads of the driver that serves the node wait for.
     pub waiting: Vec<Waiting>,
+    /// What it copies to this node, and what it failed to.
+    pub copies: Vec<UnderWay>,
     /// Why it did not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silent: Option<String>,
@@ -71,8 +74,10 @@ pub struct PublishedVolume {
 #[serde(rename_all = "camelCase")]
 pub struct Loop {
     pub number: u32,
-    /// The image's path, relative to the root of its mount.
+    /// The image's path, relative to the root of its mount; of a copy, on its server.
     pub image: Option<String>,
+    /// It is read from a copy on this node.
+    pub local: bool,
     pub size: u64,
     /// How much was read from it since it was attached.
     pub read_bytes: u64,
@@ -81,16 +86,17 @@ pub struct Loop {
 }
 
 /// Reads the driver's records, the mount table, the loop devices and the threads, and asks the driver that runs. Asks no server.
-pub fn read(driver_name: &str, data_dir: &Path) -> Result<Status> {
+pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Status> {
     let List { records, unreadable } = record::list(data_dir)?;
     let volumes = volumes(&records, &mountinfo::read()?);
-    let loop_devices = loop_devices(loop_device::list(Mark::new(driver_name).tag())?, &volumes);
+    let loop_devices =
+        loop_devices(loop_device::list(Mark::new(driver_name).tag())?, &volumes, &by_hand::list(cache_dir)?);
     // A driver that does not answer is no reason to say nothing of what it has.
-    let (waiting, silent) = match waiting::ask(data_dir) {
-        Ok(waiting) => (waiting, None),
-        Err(error) => (Vec::new(), Some(error.message)),
+    let (Told { waiting, copies }, silent) = match waiting::ask(data_dir) {
+        Ok(told) => (told, None),
+        Err(error) => (Told::default(), Some(error.message)),
     };
-    Ok(Status { volumes, loop_devices, threads: threads(), waiting, silent, unreadable_records: unreadable })
+    Ok(Status { volumes, loop_devices, threads: threads(), waiting, copies, silent, unreadable_records: unreadable })
 }
 
 fn threads() -> Vec<WaitingThread> {
@@ -112,13 +118,16 @@ pub fn volumes(records: &[Record], mounts: &[MountInfo]) -> Vec<PublishedVolume>
     volumes
 }
 
-/// The driver's loop devices, and how many of `volumes` stand on each.
-pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume]) -> Vec<Loop> {
+/// The driver's loop devices, and how many of `volumes` stand on each; some of them stand on `copies`.
+pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume], copies: &[Entry]) -> Vec<Loop> {
     let describe = |attached: Attached| {
         let number = attached.device.number();
+        let copy = copies.iter().find(|copy| stands_on(&attached, &copy.original.id()));
+        let image = copy.map(|copy| copy.original.name.path.clone());
         Loop {
             number,
-            image: attached.backing_file.map(|path| without_nfs_directory(&path).to_owned()),
+            local: image.is_some(),
+            image: image.or(attached.backing_file.map(|path| without_nfs_directory(&path).to_owned())),
             size: attached.identity.size,
             read_bytes: attached.read_bytes,
             published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
@@ -155,9 +164,18 @@ impl fmt::Display for Status {
             }
         }
         for device in &self.loop_devices {
-            let Loop { number, image, size, read_bytes, published } = device;
-            let image = image.as_deref().unwrap_or("?");
-            writeln!(f, "/dev/loop{number}: image {image}, {size} bytes, {read_bytes} read, {published} published")?;
+            let Loop { number, image, local, size, read_bytes, published } = device;
+            let (image, copy) = (image.as_deref().unwrap_or("?"), if *local { " (a copy on this node)" } else { "" });
+            writeln!(
+                f,
+                "/dev/loop{number}: image {image}{copy}, {size} bytes, {read_bytes} read, {published} published"
+            )?;
+        }
+        for UnderWay { image, size, copied, failed } in &self.copies {
+            match failed {
+                None => writeln!(f, "copying {image} to this node: {copied} of {size} bytes")?,
+                Some(why) => writeln!(f, "not copied to this node, and tried again: {image}: {why}")?,
+            }
         }
         for WaitingThread { process, id, purpose, state, seconds } in &self.threads {
             let what = match purpose {

@@ -1,5 +1,5 @@
-//! What the threads of the driver that serves this node wait for. The kernel tells other processes only that they wait, so that the
-//! driver itself tells, at a socket in its data directory.
+//! What only the driver that serves this node knows, told at a socket in its data directory: what its threads wait for, of which the kernel
+//! tells other processes only that they wait, and what it copies.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -13,6 +13,7 @@ use tokio_stream::StreamExt;
 use crate::blocking;
 use crate::error::{Error, Result};
 use crate::socket;
+use crate::volume::cache::UnderWay;
 
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -29,22 +30,35 @@ pub struct Waiting {
     pub seconds: u64,
 }
 
+/// What is told.
+#[derive(Debug, Default, Deserialize, Serialize)]
+pub struct Told {
+    pub waiting: Vec<Waiting>,
+    pub copies: Vec<UnderWay>,
+}
+
 /// Tells whoever connects, until `stop` is ready.
-pub async fn serve(data_dir: &Path, stop: impl Future<Output = ()>) -> io::Result<()> {
+pub async fn serve(
+    data_dir: &Path,
+    copies: impl Fn() -> Vec<UnderWay>,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
     let path = socket_in(data_dir);
     let mut connections = socket::listen(&path).await?;
     tokio::pin!(stop);
     loop {
         let connection = tokio::select! {
-            () = &mut stop => return socket::remove(&path),
+            () = &mut stop => break,
             connection = connections.next() => connection,
         };
         if let Some(Ok(mut connection)) = connection {
-            let text = serde_json::to_vec(&now())?;
+            let text = serde_json::to_vec(&Told { waiting: now(), copies: copies() })?;
             // Who does not listen is told nothing.
             let _ = tokio::time::timeout(PATIENCE, connection.write_all(&text)).await;
         }
     }
+    drop(connections);
+    socket::remove(&path)
 }
 
 fn now() -> Vec<Waiting> {
@@ -57,8 +71,8 @@ fn now() -> Vec<Waiting> {
     blocking::under_way().into_iter().map(describe).collect()
 }
 
-/// Asks the driver with this data directory; empty where none runs.
-pub fn ask(data_dir: &Path) -> Result<Vec<Waiting>> {
+/// Asks the driver with this data directory; nothing where none runs.
+pub fn ask(data_dir: &Path) -> Result<Told> {
     let path = socket_in(data_dir);
     let mut text = Vec::new();
     let read = UnixStream::connect(&path).and_then(|mut connection| {
@@ -67,7 +81,7 @@ pub fn ask(data_dir: &Path) -> Result<Vec<Waiting>> {
     });
     match read {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            Ok(Vec::new())
+            Ok(Told::default())
         }
         Err(error) => Err(Error::file("ask the driver at", &path, &error)),
         Ok(_) => serde_json::from_slice(&text).map_err(|error| Error::file("read", &path, &error.into())),
@@ -85,9 +99,9 @@ mod tests {
     #[tokio::test]
     async fn another_process_is_told_what_each_thread_waits_for() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(ask(directory.path()).unwrap().is_empty(), "no driver runs");
+        assert!(ask(directory.path()).unwrap().waiting.is_empty(), "no driver runs");
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = serve(directory.path(), async { drop(stopped.await) });
+        let serving = serve(directory.path(), Vec::new, async { drop(stopped.await) });
         let path = directory.path().to_owned();
         let (told, heard) = std::sync::mpsc::channel::<()>();
         let stuck = blocking::run("a step of this test", move || {
@@ -97,7 +111,7 @@ mod tests {
         let look = async {
             let asked = loop {
                 let path = path.clone();
-                let asked = blocking::run("ask", move || ask(&path)).await.unwrap();
+                let asked = blocking::run("ask", move || ask(&path)).await.unwrap().waiting;
                 if asked.iter().any(|waiting| waiting.step == "a step of this test") {
                     break asked;
                 }

@@ -6,6 +6,7 @@
 
 mod build;
 mod exports;
+mod local;
 pub mod mark;
 mod prepare;
 mod prepared;

@@ -14,23 +14,29 @@ use crate::blocking::{self, OffThread, measured};
 use crate::error::Result;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image, ImageIdentity};
+use crate::kernel::loop_device::Attached;
 use crate::kernel::mount::{DetachedMount, Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
 use crate::kernel::{self, Kernel};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
 use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
+use crate::volume::cache::{Cache, stands_on};
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
+/// The images that are attached, by what the kernel says of their files.
+pub(super) type Images = Shared<ImageIdentity, OffThread<AttachedImage>>;
+
 /// Makes what is not there yet and finds what is.
 pub struct Preparer {
-    kernel: Arc<dyn Kernel>,
+    pub(super) kernel: Arc<dyn Kernel>,
     policy: Arc<Policy>,
-    mark: Mark,
+    pub(super) mark: Mark,
     host_root: Arc<OwnedFd>,
     exports: Arc<Exports>,
-    images: Shared<ImageIdentity, OffThread<AttachedImage>>,
+    pub(super) images: Arc<Images>,
+    pub(super) cache: Arc<Cache>,
 }
 
 impl Preparer {
@@ -41,10 +47,11 @@ impl Preparer {
         mark: Mark,
         host_root: &Path,
         read_ahead: Option<u32>,
+        cache: Arc<Cache>,
     ) -> Result<Self> {
         let host_root = Arc::new(open_directory(host_root)?);
         let exports = Arc::new(Exports::new(Arc::clone(&kernel), read_ahead));
-        Ok(Preparer { kernel, policy, mark, host_root, exports, images: Shared::default() })
+        Ok(Preparer { kernel, policy, mark, host_root, exports, images: Arc::default(), cache })
     }
 
     /// What volumes may ask for.
@@ -137,28 +144,63 @@ impl Preparer {
     /// The loop device of an image file, which is opened, and looked at, each time: its name may mean another file by now.
     async fn image(&self, spec: &Loopback, known: &[Known], file_system: FileSystem) -> Result<ImageOnLoop> {
         if let Some(known) = known.iter().find(|known| known.image == *spec)
-            && let Some(attached) = self.still_attached(known.identity, file_system).await?
+            && let Some(attached) = self.still_attached(known, file_system).await?
         {
-            let origin = Origin::Earlier(self.exports.places_of_unknown());
-            return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached, origin });
+            return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached });
         }
+        let copied = self.copied(spec)?;
+        let opened = self.open_image(spec, known, Some(file_system));
+        if let Some(name) = copied {
+            return self.image_or_copy(spec, name, opened, file_system).await;
+        }
+        let (base, image) = opened.await?;
+        let content = image.content;
+        let attached = self.attach(spec, image, file_system, Origin::Base(base)).await?;
+        Ok(ImageOnLoop { spec: spec.clone(), content, attached })
+    }
+
+    /// Opens an image on its base, and looks whether it is one of this file system.
+    pub(super) async fn open_image(
+        &self,
+        spec: &Loopback,
+        known: &[Known],
+        file_system: Option<FileSystem>,
+    ) -> Result<(PreparedBase, OffThread<Image>)> {
         let base = self.image_base(&spec.base, known).await?;
-        let name = format!("{} ({}) of {}", spec.path, file_system.name(), spec.base);
+        let name = of_base(spec, file_system);
         let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
         let image = self.below(&base, format!("open image {name}"), move |base| {
             measured("image", || {
                 let image = Image::open(base, &path, symlinks)?;
-                image.check(&path, file_system)?;
+                if let Some(file_system) = file_system {
+                    image.check(&path, file_system)?;
+                }
                 Ok(OffThread::new(image))
             })
         });
         let image = image.await.map_err(|error| error.about(&format!("image {name}")))?;
-        let (identity, content, places) = (image.identity, image.content, base.places());
+        Ok((base, image))
+    }
+
+    /// Attaches an open image to a loop device, and mounts it out of sight.
+    pub(super) async fn attach(
+        &self,
+        spec: &Loopback,
+        image: OffThread<Image>,
+        file_system: FileSystem,
+        origin: Origin,
+    ) -> Result<Arc<OffThread<AttachedImage>>> {
+        let places = match &origin {
+            Origin::Base(base) => base.places(),
+            Origin::Earlier(places) => Some(places.clone()),
+            Origin::Copy => None,
+        };
+        let (name, identity) = (of_base(spec, Some(file_system)), image.identity);
         let (kernel, mark, step) = (Arc::clone(&self.kernel), self.mark.clone(), format!("attach image {name}"));
         let attach = move || {
             let device = measured("loop", || kernel.loop_device(&image, mark.tag()))?;
             let mount = measured(file_system.name(), || kernel.mount(file_system.on(&device.path(), false)))?;
-            Ok::<_, kernel::Error>(OffThread::new(AttachedImage { identity, _mount: mount, device }))
+            Ok::<_, kernel::Error>(OffThread::new(AttachedImage::new(identity, mount, device, origin)))
         };
         let admitted = self.exports.admit(&step).await;
         let make = async move {
@@ -166,30 +208,37 @@ impl Preparer {
             run_at(places, step, attach).await
         };
         let attached = self.images.get(&identity, make).await;
-        let attached = attached.map_err(|error| error.about(&format!("image {name}")))?;
-        Ok(ImageOnLoop { spec: spec.clone(), content, attached, origin: Origin::Base(base) })
+        attached.map_err(|error| error.about(&format!("image {name}")))
     }
 
     /// The loop device that an earlier process attached, while something is mounted on it.
     async fn still_attached(
         &self,
-        identity: ImageIdentity,
+        known: &Known,
         file_system: FileSystem,
     ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
-        if let Some(attached) = self.images.find(&identity) {
+        if let Some(attached) = self.images.find(&known.identity) {
             return Ok(Some(attached));
         }
+        // It may have been moved there since it was written down.
+        let (identity, copy) = (known.identity, self.copy_of(&known.image, known.content, known.identity));
         let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
+        let unknown = self.exports.places_of_unknown();
         let look = move || {
-            let attached = kernel.loop_devices(mark.tag())?.into_iter().find(|attached| attached.identity == identity);
-            let Some(attached) = attached else { return Ok(None) };
+            let is_copy = |attached: &Attached| copy.as_deref().is_some_and(|copy| stands_on(attached, copy));
+            let is_it = |attached: &Attached| attached.identity == identity || is_copy(attached);
+            let Some(attached) = kernel.loop_devices(mark.tag())?.into_iter().find(is_it) else { return Ok(None) };
             // Its superblock is there: nothing is read.
             let mount = kernel.mount(file_system.on(&attached.device.path(), false))?;
-            let device = attached.device;
-            Ok::<_, kernel::Error>(Some(OffThread::new(AttachedImage { identity, _mount: mount, device })))
+            let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
+            let Attached { device, identity, .. } = attached;
+            Ok::<_, kernel::Error>(Some(OffThread::new(AttachedImage::new(identity, mount, device, origin))))
         };
         match blocking::run("look for the image on a loop device", look).await? {
-            Some(attached) => Ok(Some(self.images.get(&identity, async { Ok(attached) }).await?)),
+            Some(attached) => {
+                let identity = attached.identity;
+                Ok(Some(self.images.get(&identity, async { Ok(attached) }).await?))
+            }
             None => Ok(None),
         }
     }
@@ -253,6 +302,12 @@ impl OpenBase {
             },
         })
     }
+}
+
+/// An image in the words of steps and errors: `image.sqsh (squashfs) of 10.0.0.5:/images`.
+fn of_base(spec: &Loopback, file_system: Option<FileSystem>) -> String {
+    let file_system = file_system.map_or(String::new(), |file_system| format!(" ({})", file_system.name()));
+    format!("{}{file_system} of {}", spec.path, spec.base)
 }
 
 fn symlinks(base: &Base, asked: spec::Symlinks) -> Symlinks {

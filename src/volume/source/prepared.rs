@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::exports::NfsMount;
 use super::mark::Layer;
@@ -13,6 +13,7 @@ use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, ImageIdentity};
 use crate::kernel::loop_device::LoopDevice;
 use crate::kernel::mount::{DetachedMount, Symlinks};
+use crate::lock::lock;
 use crate::places::Places;
 use crate::spec::Loopback;
 
@@ -58,14 +59,14 @@ pub struct ImageOnLoop {
     /// What the file was when it was attached.
     pub content: Content,
     pub attached: Arc<OffThread<AttachedImage>>,
-    pub origin: Origin,
 }
 
 /// Where an image comes from.
-#[derive(Clone)]
 pub enum Origin {
     /// Kept so that the next image of the same export finds its NFS mount.
     Base(PreparedBase),
+    /// A copy on this node: nobody is asked, and no export is needed any more.
+    Copy,
     /// An earlier process attached it: nobody knows any more whom who reads in it asks.
     Earlier(Places),
 }
@@ -83,8 +84,21 @@ pub struct Known {
 pub struct AttachedImage {
     pub identity: ImageIdentity,
     // Dropped before the device that it stands on.
-    pub _mount: DetachedMount,
+    _mount: DetachedMount,
     pub device: LoopDevice,
+    origin: Mutex<Origin>,
+}
+
+impl AttachedImage {
+    pub fn new(identity: ImageIdentity, mount: DetachedMount, device: LoopDevice, origin: Origin) -> Self {
+        AttachedImage { identity, _mount: mount, device, origin: Mutex::new(origin) }
+    }
+
+    /// From now on it is read from this node: lets go of what it came from.
+    pub fn is_local_now(&self) {
+        let before = std::mem::replace(&mut *lock(&self.origin), Origin::Copy);
+        drop(before);
+    }
 }
 
 #[derive(Clone)]
@@ -116,9 +130,9 @@ impl Prepared {
         match self {
             Prepared::Nfs { .. } | Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Vec::new(),
             Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
-                let mut images = match &image.origin {
+                let mut images = match &*lock(&image.attached.origin) {
                     Origin::Base(base) => base.images(),
-                    Origin::Earlier(_) => Vec::new(),
+                    Origin::Copy | Origin::Earlier(_) => Vec::new(),
                 };
                 let (content, identity) = (image.content, image.attached.identity);
                 images.push(Known { image: image.spec.clone(), content, identity });
@@ -133,8 +147,9 @@ impl Prepared {
     pub fn places(&self) -> Option<Places> {
         match self {
             Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
-            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => match &image.origin {
+            Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => match &*lock(&image.attached.origin) {
                 Origin::Base(base) => base.places(),
+                Origin::Copy => None,
                 Origin::Earlier(places) => Some(places.clone()),
             },
             Prepared::Bind { base, .. } => base.places(),

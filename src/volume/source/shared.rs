@@ -30,6 +30,14 @@ where
         find(&self.live, key)
     }
 
+    /// From now on the object of this key, if anybody uses it, is that of another key as well.
+    pub fn alias(&self, key: &K, other: K) {
+        let mut live = lock(&self.live);
+        if let Some(object) = live.get(key).filter(|object| object.strong_count() > 0).cloned() {
+            live.insert(other, object);
+        }
+    }
+
     /// The object of this key: the one in use, or what `make` returns. Who comes while it is made gets the same, or the same error.
     pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>> + Send + 'static) -> Result<Arc<V>> {
         if let Some(object) = self.find(key) {
@@ -65,6 +73,18 @@ mod tests {
         let (one, two) = tokio::join!(shared.get(&"a", async { Ok(1) }), shared.get(&"a", async { Ok(2) }));
         assert_eq!((*one.unwrap(), *two.unwrap()), (1, 1));
         assert_eq!(*shared.get(&"a", async { Ok(3) }).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn an_object_in_use_has_two_keys_where_somebody_says_so() {
+        let shared = Shared::default();
+        let one = shared.get(&"a", async { Ok(1) }).await.unwrap();
+        shared.alias(&"a", "b");
+        shared.alias(&"c", "d");
+        assert!(Arc::ptr_eq(&one, &shared.find(&"b").unwrap()));
+        assert!(shared.find(&"d").is_none());
+        drop(one);
+        assert!(shared.find(&"b").is_none());
     }
 
     #[tokio::test]

@@ -56,9 +56,15 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let claim = Record { mount: claim, namespace: Some("team".into()), ..record("claim", seed) };
     let sized = seed.replace(r#""lower""#, r#""upper": {"kind": "directory", "size": "10Gi"}, "lower""#);
     assert_ne!(sized, seed);
-    let since = BTreeMap::from([("claim", 2), ("sized", 2)]);
+    let digest = format!("sha256:{}", "0123456789abcdef".repeat(4));
+    let copied = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("digest", &digest)];
+    let copied = BTreeMap::from(copied.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let copied = parse_attributes(&copied, &[]).unwrap().mount().clone();
+    let copied = Record { mount: copied, images: Vec::new(), ..record("copied", seed) };
+    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3)]);
     let mut volumes = BTreeMap::from([
         ("claim", Record { images: Vec::new(), ..claim }),
+        ("copied", copied),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
@@ -115,10 +121,10 @@ fn what_is_written_is_the_present_version() {
 
 #[test]
 fn of_a_record_that_cannot_be_read_volume_and_target_are_told() {
-    let newer = br#"{"version": 3, "volumeId": "v", "target": "/t", "mount": "?"}"#;
+    let newer = br#"{"version": 4, "volumeId": "v", "target": "/t", "mount": "?"}"#;
     let failure = read(newer).unwrap_err();
     assert_eq!((failure.head.volume_id.as_deref(), failure.head.target), (Some("v"), Some("/t".into())));
-    assert!(failure.why.contains("version 3, and this driver reads up to 2"), "{}", failure.why);
+    assert!(failure.why.contains("version 4, and this driver reads up to 3"), "{}", failure.why);
     let spoilt = br#"{"version": 1, "volumeId": "v", "target": "/t", "readOnly": false, "mount": {"Ufo": {}}}"#;
     assert_eq!(read(spoilt).unwrap_err().head.volume_id.as_deref(), Some("v"));
     for text in ["", "{", "[]", "null", "{\"version\": -1}"] {

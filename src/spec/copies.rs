@@ -1,0 +1,97 @@
+//! Whether an image is copied to the node's disk, and which bytes it is to have.
+
+use std::fmt;
+
+use super::error::{SpecError, quote, unknown};
+use super::{Attach, Device, Mount};
+
+/// The parameters, in either form.
+pub(super) const CACHE: &str = "cache";
+pub(super) const DIGEST: &str = "digest";
+
+/// Whether an image on an export is copied to the disk of each node that uses it, and read there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cache {
+    Node,
+    None,
+}
+
+impl Cache {
+    /// Reads it as a user writes it.
+    pub fn parse(text: &str) -> Result<Cache, String> {
+        match text {
+            "node" => Ok(Cache::Node),
+            "none" => Ok(Cache::None),
+            _ => Err(unknown("value", text, &["node", "none"])),
+        }
+    }
+}
+
+/// The SHA-256 of a whole image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// Reads `sha256:` and 64 hexadecimal digits.
+    pub fn parse(text: &str) -> Result<Digest, String> {
+        let digits = text.strip_prefix("sha256:").filter(|digits| digits.len() == 64 && digits.is_ascii());
+        let byte = |at: usize| u8::from_str_radix(digits?.get(2 * at..2 * at + 2)?, 16).ok();
+        let mut bytes = [0; 32];
+        for (at, place) in bytes.iter_mut().enumerate() {
+            let expected = || {
+                format!("{} is no digest: \"sha256:\" and 64 hexadecimal digits, as sha256sum prints them", quote(text))
+            };
+            *place = byte(at).ok_or_else(expected)?;
+        }
+        Ok(Digest(bytes))
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("sha256:")?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// What a volume says of its copies, whatever the form of its mount.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Copies {
+    pub cache: Option<Cache>,
+    pub digest: Option<Digest>,
+}
+
+impl Copies {
+    pub fn parse(cache: Option<&str>, digest: Option<&str>) -> Result<Copies, SpecError> {
+        let invalid = |name| move |message: String| SpecError::invalid(name, "", message);
+        let cache = cache.map(|text| Cache::parse(text.trim())).transpose().map_err(invalid(CACHE))?;
+        let digest = digest.map(|text| Digest::parse(text.trim())).transpose().map_err(invalid(DIGEST))?;
+        if digest.is_some() && cache == Some(Cache::None) {
+            let message =
+                "is checked where the image is copied, and \"cache: none\" says not to: leave one of them out";
+            return Err(SpecError::invalid(DIGEST, "", message));
+        }
+        // Nobody names the bytes of an image to have them looked at or not.
+        Ok(Copies { cache: cache.or(digest.map(|_| Cache::Node)), digest })
+    }
+
+    /// Applies it to the images of a mount that lie on exports.
+    pub fn apply(self, mount: &mut Mount) -> Result<(), SpecError> {
+        let mut images = 0;
+        mount.visit_mut(&mut |mount| {
+            if let Mount::Attach(Attach { device: Device::Loopback(image), .. }) = mount
+                && image.base.export().is_some()
+            {
+                images += 1;
+                (image.cache, image.digest) = (self.cache, self.digest);
+            }
+        });
+        match (self.digest, images) {
+            (None, _) | (Some(_), 1) => Ok(()),
+            (Some(_), _) => {
+                let message = format!("is that of one image on an export, and the volume has {images}");
+                Err(SpecError::invalid(DIGEST, "", message))
+            }
+        }
+    }
+}

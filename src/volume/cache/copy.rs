@@ -1,0 +1,139 @@
+//! The bytes of one image, from its server to the node's disk.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::Advice;
+use sha2::{Digest as _, Sha256};
+
+use super::original::Original;
+use super::store::Part;
+use crate::error::{Error, Kind, Result};
+use crate::kernel::image::Image;
+use crate::metrics;
+use crate::spec::Digest;
+
+/// How much is read at a time; a whole number of the blocks of any disk, as `O_DIRECT` wants it (open(2)).
+const CHUNK: usize = 1 << 20;
+const ALIGNMENT: usize = 4096;
+/// How much may be lost when the power is cut, and wait in the node's memory for the disk.
+const SYNCED: u64 = 8 << 20;
+
+/// How far a copy is, for who looks from outside.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub bytes: AtomicU64,
+}
+
+/// Copies `source` into `part`, from where an earlier process was, and looks at what is on the disk in the end. `rate` is the most bytes to
+/// read in a second.
+///
+/// Nothing of it stays in the node's page cache: the source is read past it where its file system can do that.
+pub fn copy(source: &File, part: &mut Part, rate: Option<u64>, progress: &Progress) -> Result<Digest> {
+    let original = part.entry.original.clone();
+    let failed = |error: io::Error| Error::file("copy", original.name.path.as_ref(), &error);
+    let source = past_the_cache(source).map_err(failed)?;
+    let mut space = vec![0; CHUNK + ALIGNMENT];
+    let start = space.as_ptr().align_offset(ALIGNMENT);
+    let buffer = &mut space[start..start + CHUNK];
+    let mut sum = Sha256::new();
+    // Whole chunks alone, as `O_DIRECT` begins where a block does.
+    let mut at = part.entry.synced / CHUNK as u64 * CHUNK as u64;
+    read_again(part.file(), at, buffer, |bytes| sum.update(bytes)).map_err(failed)?;
+    part.file().set_len(at).map_err(failed)?;
+    progress.bytes.store(at, Ordering::Relaxed);
+    let (began, first) = (Instant::now(), at);
+    while at < original.size {
+        let length = read_full(&source, buffer, at).map_err(failed)?.min((original.size - at) as usize);
+        if length == 0 {
+            return Err(changed(&original));
+        }
+        sum.update(&buffer[..length]);
+        part.file().write_all_at(&buffer[..length], at).map_err(failed)?;
+        at += length as u64;
+        metrics::cache().copied_bytes.inc_by(length as u64);
+        progress.bytes.store(at, Ordering::Relaxed);
+        if at - part.entry.synced >= SYNCED || at == original.size {
+            part.sync(at).map_err(failed)?;
+        }
+        if let Some(rate) = rate {
+            let due = Duration::from_secs_f64((at - first) as f64 / rate as f64);
+            std::thread::sleep(due.saturating_sub(began.elapsed()));
+        }
+    }
+    if Image::look_again(&source)? != (original.content(), original.changed) {
+        return Err(changed(&original));
+    }
+    let digest = Digest(sum.finalize().into());
+    match verify(part.file(), original.size).map_err(failed)? {
+        on_disk if on_disk == digest => Ok(digest),
+        on_disk => {
+            let message = format!("copy {}: {digest} was written, and the disk has {on_disk}: it fails", original.name);
+            Err(Error::new(Kind::Aborted, message))
+        }
+    }
+}
+
+fn changed(original: &Original) -> Error {
+    let message = format!("copy {}: it was changed or replaced on the server meanwhile", original.name);
+    Error::new(Kind::Aborted, message)
+}
+
+/// The digest of `size` bytes on the disk; what was in memory of them is dropped before.
+pub fn verify(file: &File, size: u64) -> io::Result<Digest> {
+    let mut sum = Sha256::new();
+    let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+    read_again(file, size, &mut vec![0; CHUNK], |bytes| sum.update(bytes))?;
+    let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+    Ok(Digest(sum.finalize().into()))
+}
+
+/// The first `size` bytes of a file of the node.
+fn read_again(file: &File, size: u64, buffer: &mut [u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        let most = buffer.len().min((size - at) as usize);
+        match file.read_at(&mut buffer[..most], at)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            length => {
+                each(&buffer[..length]);
+                at += length as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same file, read past the page cache. One that the kernel cannot read so is read as it is.
+fn past_the_cache(file: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let open = |flags| std::fs::OpenOptions::new().read(true).custom_flags(flags).open(&path);
+    match open(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
+        file => file,
+    }
+}
+
+/// Reads until the buffer is full or the file ends.
+fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match file.read_at(&mut buffer[length..], at + length as u64) {
+            Ok(0) => break,
+            Ok(more) => length += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // At the end of the file, behind its last block.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && length > 0 => break,
+            Err(error) => return Err(error),
+        }
+        // A part of a block is the last of the file, and the kernel takes no offset inside of one.
+        if length % ALIGNMENT != 0 {
+            break;
+        }
+    }
+    Ok(length)
+}

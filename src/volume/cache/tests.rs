@@ -1,0 +1,297 @@
+//! The directory of copies: what it takes in, what it gives out, and what it keeps whatever happens.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use super::copy::copy;
+use super::*;
+use std::path::Path;
+
+const QUOTA: Bounds = Bounds { quota: 1 << 30, min_free: 1 };
+
+/// A directory with a store in it, and files to copy beside it.
+struct Fixture {
+    directory: tempfile::TempDir,
+    store: Store,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::new(&directory.path().join("cache"), "a.csi.dev").unwrap();
+        Fixture { directory, store }
+    }
+
+    /// A file of this size, and what it is to the server.
+    fn source(&self, name: &str, size: usize) -> (File, Original) {
+        let path = self.directory.path().join(name);
+        let bytes: Vec<u8> = (0..size).map(|at| (at / 7 + name.len()) as u8).collect();
+        std::fs::write(&path, bytes).unwrap();
+        let file = File::open(path).unwrap();
+        let (content, changed) = Image::look_again(&file).unwrap();
+        let name = Name { server: "nfs".into(), mount: "vers=4.2".into(), path: format!("/images/{name}") };
+        (file, Original::new(name, content, changed))
+    }
+
+    fn copy(&self, source: &(File, Original), bounds: Bounds) -> Result<()> {
+        let mut part = self.store.begin(&source.1, bounds)?.unwrap();
+        let digest = copy(&source.0, &mut part, None, &Progress::default())?;
+        part.complete(&digest)
+    }
+
+    fn bytes(&self, original: &Original) -> Option<Vec<u8>> {
+        let (_, mut file) = self.store.get(original).unwrap()?;
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut file, &mut bytes).unwrap();
+        Some(bytes)
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.directory.path().join("cache")).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+#[test]
+fn a_copy_is_found_when_it_is_complete_and_only_as_that_content() {
+    let fixture = Fixture::new();
+    let source = fixture.source("a", 3_000_001);
+    assert!(fixture.bytes(&source.1).is_none());
+    fixture.copy(&source, QUOTA).unwrap();
+    assert_eq!(fixture.bytes(&source.1).unwrap(), std::fs::read(fixture.directory.path().join("a")).unwrap());
+    assert!(fixture.store.begin(&source.1, QUOTA).unwrap().is_none(), "what was done is not done again");
+    let other = Original { changed: source.1.changed + 1, ..source.1.clone() };
+    assert!(fixture.bytes(&other).is_none());
+    let entry = &fixture.store.entries().unwrap()[0];
+    let digest = Digest(
+        sha2::Digest::finalize(sha2::Digest::chain_update(
+            <sha2::Sha256 as sha2::Digest>::new(),
+            fixture.bytes(&source.1).unwrap(),
+        ))
+        .into(),
+    );
+    assert!(entry.has(Some(digest)) && !entry.has(Some(Digest([0; 32]))));
+}
+
+#[test]
+fn a_copy_that_was_cut_short_is_not_used_and_goes_on_where_it_was() {
+    let fixture = Fixture::new();
+    let (file, original) = fixture.source("a", 5 << 20);
+    let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
+    let bytes = std::fs::read(fixture.directory.path().join("a")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(part.file(), &bytes[..3 << 20], 0).unwrap();
+    part.sync(3 << 20).unwrap();
+    // Written, and not known to be on the disk.
+    std::os::unix::fs::FileExt::write_all_at(part.file(), &[0xff; 1 << 20], 3 << 20).unwrap();
+    assert!(fixture.store.begin(&original, QUOTA).unwrap().is_none(), "one at a time");
+    drop(part);
+    assert!(fixture.bytes(&original).is_none());
+    let store = Store::new(&fixture.directory.path().join("cache"), "a.csi.dev").unwrap();
+    store.sweep().unwrap();
+    let before = metrics::cache().copied_bytes.get();
+    let mut part = store.begin(&original, QUOTA).unwrap().unwrap();
+    assert_eq!(part.entry.synced, 3 << 20);
+    let digest = copy(&file, &mut part, None, &Progress::default()).unwrap();
+    assert!(metrics::cache().copied_bytes.get() >= before + (2 << 20));
+    part.complete(&digest).unwrap();
+    assert_eq!(fixture.bytes(&original).unwrap(), bytes);
+}
+
+#[test]
+fn a_copy_that_had_its_name_and_no_description_yet_is_completed() {
+    let fixture = Fixture::new();
+    let (file, original) = fixture.source("a", 2 << 20);
+    let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
+    copy(&file, &mut part, None, &Progress::default()).unwrap();
+    drop(part);
+    let path = |kind| fixture.directory.path().join("cache").join(format!("{}.{kind}", original.id()));
+    std::fs::rename(path("part"), path("image")).unwrap();
+    assert!(fixture.bytes(&original).is_none(), "it is not described as complete");
+    let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
+    let digest = copy(&file, &mut part, None, &Progress::default()).unwrap();
+    part.complete(&digest).unwrap();
+    assert!(fixture.bytes(&original).is_some());
+}
+
+#[test]
+fn an_image_that_changes_while_it_is_copied_has_no_copy() {
+    let fixture = Fixture::new();
+    for change in [1_u64, 4 << 20] {
+        let (file, original) = fixture.source("a", 3 << 20);
+        let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
+        // It grows, or shrinks.
+        let writable = File::options().write(true).open(fixture.directory.path().join("a")).unwrap();
+        writable.set_len(change).unwrap();
+        let error = copy(&file, &mut part, None, &Progress::default()).unwrap_err();
+        assert_eq!(error.kind, Kind::Aborted, "{error}");
+        part.discard().unwrap();
+        assert_eq!(fixture.files(), ["driver"]);
+    }
+}
+
+#[test]
+fn what_was_used_longest_ago_makes_way_and_never_what_is_in_use() {
+    let fixture = Fixture::new();
+    let bounds = Bounds { quota: 3 * ((1 << 20) + (64 << 10)), min_free: 1 };
+    let sources: Vec<_> = ["a", "b", "c", "d"].map(|name| fixture.source(name, 1 << 20)).into();
+    for source in &sources[..3] {
+        fixture.copy(source, bounds).unwrap();
+    }
+    let used = fixture.store.get(&sources[0].1).unwrap().unwrap();
+    fixture.store.get(&sources[1].1).unwrap().unwrap();
+    fixture.copy(&sources[3], bounds).unwrap();
+    let there = |fixture: &Fixture| {
+        let there = sources.iter().map(|(_, original)| fixture.store.peek(original).unwrap().is_some());
+        there.collect::<Vec<_>>()
+    };
+    assert_eq!(there(&fixture), [true, true, false, true]);
+    let held: Vec<_> = [1, 3].map(|at: usize| fixture.store.get(&sources[at].1).unwrap().unwrap()).into();
+    let error = fixture.copy(&sources[2], bounds).unwrap_err();
+    assert_eq!(error.kind, Kind::ResourceExhausted, "{error}");
+    assert!(error.message.contains("in use"), "{error}");
+    assert_eq!(there(&fixture), [true, true, false, true], "nothing is lost for what does not fit");
+    drop((used, held));
+    // What the server has no more goes before what was used longer ago.
+    let new = Original { changed: 1, ..sources[3].1.clone() };
+    fixture.store.confirm(&new).unwrap();
+    fixture.copy(&sources[2], bounds).unwrap();
+    assert_eq!(there(&fixture), [true, true, true, false]);
+}
+
+#[test]
+fn an_image_larger_than_the_quota_and_a_disk_with_no_room_are_refused_and_leave_nothing() {
+    let fixture = Fixture::new();
+    let source = fixture.source("a", 1 << 20);
+    for bounds in [Bounds { quota: 1 << 20, min_free: 1 }, Bounds { quota: 1 << 30, min_free: u64::MAX / 2 }] {
+        let error = fixture.copy(&source, bounds).unwrap_err();
+        assert_eq!(error.kind, Kind::ResourceExhausted, "{error}");
+        assert_eq!(fixture.files(), ["driver"]);
+    }
+}
+
+#[test]
+fn a_directory_that_others_could_write_to_is_not_trusted() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("cache");
+    let refused = |path: &Path, name: &str, why: &str| {
+        let error = Store::new(path, name).unwrap_err();
+        assert!(error.message.contains(why), "{error}");
+    };
+    Store::new(&path, "a.csi.dev").unwrap();
+    Store::new(&path, "a.csi.dev").unwrap();
+    refused(&path, "b.csi.dev", "that of the driver a.csi.dev");
+    symlink(&path, directory.path().join("link")).unwrap();
+    refused(&directory.path().join("link"), "a.csi.dev", "a symlink or no directory");
+    std::fs::write(directory.path().join("file"), "").unwrap();
+    Store::new(&directory.path().join("file"), "a.csi.dev").unwrap_err();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o770)).unwrap();
+    refused(&path, "a.csi.dev", "others may write to it");
+    let cache = Cache::new(
+        CacheConfig { directory: path, bounds: QUOTA, rate: None, copies: 1, by_default: true },
+        "a.csi.dev",
+    );
+    assert!(cache.on.is_err(), "and the driver goes on without it");
+}
+
+#[test]
+fn what_is_torn_or_left_over_is_swept_and_what_is_in_use_is_not() {
+    let fixture = Fixture::new();
+    let source = fixture.source("a", 1 << 20);
+    fixture.copy(&source, QUOTA).unwrap();
+    let cache = fixture.directory.path().join("cache");
+    std::fs::write(cache.join("0123-4567.json"), "{").unwrap();
+    std::fs::write(cache.join("0123-4567.part"), "x").unwrap();
+    std::fs::write(cache.join("89ab-cdef.image"), "x").unwrap();
+    let used = File::open(cache.join("89ab-cdef.image")).unwrap();
+    rustix::fs::flock(&used, rustix::fs::FlockOperation::LockShared).unwrap();
+    fixture.store.sweep().unwrap();
+    let id = source.1.id();
+    assert_eq!(fixture.files().len(), 4, "{:?}", fixture.files());
+    drop(used);
+    fixture.store.sweep().unwrap();
+    let mut expected = ["driver".to_owned(), format!("{id}.image"), format!("{id}.json")];
+    expected.sort();
+    assert_eq!(fixture.files(), expected);
+}
+
+#[test]
+fn bytes_that_the_disk_did_not_keep_are_found_and_thrown_away() {
+    let fixture = Fixture::new();
+    let (good, bad) = (fixture.source("good", 1 << 20), fixture.source("bad", 1 << 20));
+    let cache = fixture.directory.path().join("cache");
+    for source in [&good, &bad] {
+        fixture.copy(source, QUOTA).unwrap();
+    }
+    let path = cache.join(format!("{}.image", bad.1.id()));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 2], 700_000).unwrap();
+    let mut seen = Vec::new();
+    by_hand::verify(&cache, |entry, verified| seen.push((entry.original.name.path.clone(), verified))).unwrap();
+    seen.sort_by(|one, other| one.0.cmp(&other.0));
+    let expected =
+        [("/images/bad".to_owned(), by_hand::Verified::Wrong), ("/images/good".to_owned(), by_hand::Verified::Right)];
+    assert_eq!(seen, expected);
+    assert!(fixture.bytes(&bad.1).is_none() && fixture.bytes(&good.1).is_some());
+}
+
+#[test]
+fn copies_are_evicted_by_name_unless_they_are_in_use() {
+    let fixture = Fixture::new();
+    let cache = fixture.directory.path().join("cache");
+    let sources = ["one", "two"].map(|name| fixture.source(name, 1 << 20));
+    for source in &sources {
+        fixture.copy(source, QUOTA).unwrap();
+    }
+    let used = fixture.store.get(&sources[0].1).unwrap();
+    let mut told = Vec::new();
+    let mut evict = |images: &[&str]| {
+        let images: Vec<_> = images.iter().map(|image| (*image).to_owned()).collect();
+        by_hand::evict(&cache, &images, |entry, evicted| told.push((entry.original.name.path.clone(), evicted)))
+    };
+    evict(&["/images/"]).unwrap();
+    assert_eq!(evict(&["three"]).unwrap_err().kind, Kind::NotFound);
+    drop(used);
+    evict(&["one"]).unwrap();
+    told.sort();
+    let expected = [("/images/one", false), ("/images/one", true), ("/images/two", true)];
+    assert_eq!(told, expected.map(|(path, evicted)| (path.to_owned(), evicted)));
+    assert_eq!(fixture.files(), ["driver"]);
+    assert!(by_hand::list(&fixture.directory.path().join("absent")).unwrap().is_empty());
+}
+
+/// Images come and go, and are used meanwhile: never more than the quota, never a wrong byte.
+#[test]
+fn the_quota_holds_through_many_rounds() {
+    let fixture = Fixture::new();
+    let rounds = if std::env::var_os("SOAK").is_some() { 2000 } else { 100 };
+    let sources: Vec<_> = (0..9).map(|at| fixture.source(&format!("{at}"), (at + 1) * 10_000)).collect();
+    let all: u64 = sources.iter().map(|(_, original)| original.size + (64 << 10)).sum();
+    let bounds = Bounds { quota: all / 3, min_free: 1 };
+    let (mut held, mut random) = (HashMap::new(), 1_u64);
+    for round in 0..rounds {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let at = (random >> 33) as usize % sources.len();
+        let (source, (_, original)) = (&sources[at], &sources[at]);
+        if fixture.store.peek(original).unwrap().is_none() {
+            match fixture.copy(source, bounds) {
+                Ok(()) => {}
+                Err(error) => assert_eq!(error.kind, Kind::ResourceExhausted, "round {round}: {error}"),
+            }
+        }
+        if let Some(bytes) = fixture.bytes(original) {
+            let path = fixture.directory.path().join(format!("{at}"));
+            assert!(bytes == std::fs::read(path).unwrap(), "round {round}");
+        }
+        match random >> 60 {
+            0..3 => drop(held.insert(at, fixture.store.get(original).unwrap())),
+            3..9 => drop(held.remove(&at)),
+            _ => {}
+        }
+        assert!(fixture.store.usage().unwrap() <= bounds.quota, "round {round}");
+        for (at, copy) in &held {
+            assert!(copy.is_none() || fixture.store.peek(&sources[*at].1).unwrap().is_some(), "round {round}");
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! When an image is read from its server and when from its copy, and what is done when the server changes it or goes away.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+
+use crate::error::Kind;
+use crate::spec::Allowed;
+use crate::spec::parameters::parse_attributes;
+use crate::volume::Publication;
+use crate::volume::copies;
+use crate::volume::fixture::{Node, squashfs, wait_for};
+
+/// A volume of the node's image, with these parameters beside.
+fn volume(node: &Node, parameters: &[(&str, &str)]) -> Allowed {
+    let port = format!("port={}", node.port);
+    let image = [("server", "127.0.0.1"), ("share", "/images"), ("image", "image.sqsh"), ("nfsOptions", &port)];
+    let all = [&image, parameters].concat();
+    let all: BTreeMap<_, _> = all.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    node.volumes.allow(parse_attributes(&all, &[]).unwrap(), None).unwrap()
+}
+
+async fn publish(node: &Node, parameters: &[(&str, &str)], pod: &str) -> crate::error::Result<()> {
+    let (mount, target) = (volume(node, parameters), node.target(pod));
+    let volume_id = format!("volume of {pod}");
+    let publication = Publication { volume_id, target, mount, read_only: true, namespace: None, exclusive: false };
+    node.volumes.publish(publication, false).await
+}
+
+async fn unpublish(node: &Node, pod: &str) {
+    node.volumes.unpublish(&format!("volume of {pod}"), &node.target(pod)).await.unwrap();
+}
+
+async fn condition(node: &Node, pod: &str) -> Option<String> {
+    node.volumes.stats(&format!("volume of {pod}"), &node.target(pod)).await.unwrap().abnormal
+}
+
+const NODE: &[(&str, &str)] = &[("cache", "node")];
+
+/// Waits until a device was moved to a copy.
+async fn moved(node: &Node) {
+    node.wait_for_calls("loop0: another file of 4096 bytes", 1).await;
+}
+
+fn complete(node: &Node) -> usize {
+    copies::list(&node.cache_dir()).unwrap().iter().filter(|entry| entry.is_complete()).count()
+}
+
+#[tokio::test]
+async fn an_image_is_copied_behind_its_pod_and_the_next_pod_stands_on_the_same_device() {
+    let node = Node::new().await;
+    publish(&node, NODE, "a").await.unwrap();
+    moved(&node).await;
+    wait_for(|| node.kernel.left_in_namespace().is_empty(), || "the export is still mounted".into()).await;
+    publish(&node, NODE, "b").await.unwrap();
+    assert!(!node.log().iter().any(|call| call.contains("an image of")), "no second device");
+    for pod in ["a", "b"] {
+        unpublish(&node, pod).await;
+    }
+    node.assert_nothing_held().await;
+    publish(&node, NODE, "c").await.unwrap();
+    assert!(node.log().iter().any(|call| call == "loop0: an image of 4096 bytes"));
+    assert_eq!(condition(&node, "c").await, None);
+    assert!(node.volumes.observe().await.unwrap().loop_devices[0].local);
+}
+
+#[tokio::test]
+async fn nothing_is_copied_unless_somebody_says_so() {
+    let node = Node::new().await;
+    publish(&node, &[("cache", "none")], "a").await.unwrap();
+    publish(&node, &[], "b").await.unwrap();
+    node.volumes.tend_copies_now().await.unwrap();
+    assert!(copies::list(&node.cache_dir()).unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_pod_begins_with_the_copy_where_the_server_is_silent_and_is_not_called_abnormal() {
+    let mut node = Node::new().await;
+    publish(&node, NODE, "a").await.unwrap();
+    moved(&node).await;
+    node.stop_server().await;
+    publish(&node, NODE, "b").await.unwrap();
+    for pod in ["a", "b"] {
+        assert_eq!(condition(&node, pod).await, None);
+        unpublish(&node, pod).await;
+    }
+    node.assert_nothing_held().await;
+    // After a reboot, too.
+    node.restart();
+    publish(&node, NODE, "c").await.unwrap();
+    assert_eq!(condition(&node, "c").await, None);
+    let error = publish(&node, &[("cache", "none")], "d").await.unwrap_err();
+    assert_eq!(error.kind, Kind::Unavailable, "{error}");
+}
+
+#[tokio::test]
+async fn a_replaced_image_has_a_copy_of_its_own_and_the_old_one_is_not_given_out_again() {
+    let node = Node::new().await;
+    publish(&node, NODE, "old").await.unwrap();
+    moved(&node).await;
+    let (image, new) = (node.kernel.export().join("image.sqsh"), node.kernel.export().join("new"));
+    std::fs::write(&new, squashfs(8192)).unwrap();
+    std::fs::rename(new, image).unwrap();
+    assert!(condition(&node, "old").await.unwrap().contains("was replaced on the server"));
+    publish(&node, NODE, "new").await.unwrap();
+    node.wait_for_calls("loop1: another file of 8192 bytes", 1).await;
+    unpublish(&node, "new").await;
+    node.stop_server().await;
+    publish(&node, NODE, "silent").await.unwrap();
+    let devices = node.volumes.observe().await.unwrap().loop_devices;
+    assert_eq!(
+        devices.iter().map(|device| (device.size, device.published)).collect::<Vec<_>>(),
+        [(4096, 1), (8192, 1)]
+    );
+}
+
+#[tokio::test]
+async fn what_the_server_has_no_more_is_not_begun_with_although_the_new_one_is_not_copied() {
+    let node = Node::new().await;
+    publish(&node, NODE, "old").await.unwrap();
+    moved(&node).await;
+    // Larger than all copies may be.
+    std::fs::write(node.kernel.export().join("image.sqsh"), squashfs(2 << 20)).unwrap();
+    publish(&node, NODE, "new").await.unwrap();
+    wait_for(|| node.volumes.copies_under_way().iter().any(|copy| copy.failed.is_some()), || "no failure".into()).await;
+    assert!(node.volumes.copies_under_way()[0].failed.as_deref().unwrap().contains("no room for a copy"));
+    assert!(condition(&node, "old").await.unwrap().contains("goes on with its copy"));
+    unpublish(&node, "new").await;
+    node.stop_server().await;
+    assert_eq!(publish(&node, NODE, "silent").await.unwrap_err().kind, Kind::Unavailable);
+}
+
+#[tokio::test]
+async fn an_image_that_is_not_what_the_volume_names_is_told_once_it_is_known_and_refused_from_then_on() {
+    let node = Node::new().await;
+    let wrong = format!("sha256:{}", "0".repeat(64));
+    publish(&node, &[("digest", &wrong)], "a").await.unwrap();
+    moved(&node).await;
+    let is = copies::list(&node.cache_dir()).unwrap()[0].digest.clone().unwrap();
+    let condition = condition(&node, "a").await.unwrap();
+    assert!(condition.contains(&wrong) && condition.contains(&is), "{condition}");
+    let error = publish(&node, &[("digest", &wrong)], "b").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition, "{error}");
+    publish(&node, &[("digest", &is)], "c").await.unwrap();
+    node.stop_server().await;
+    publish(&node, &[("digest", &is)], "d").await.unwrap();
+    assert_eq!(publish(&node, &[("digest", &wrong)], "e").await.unwrap_err().kind, Kind::Unavailable);
+}
+
+#[tokio::test]
+async fn a_digest_that_nobody_would_check_is_refused() {
+    let node = Node::new().await;
+    std::fs::write(node.kernel.export().join("image.sqsh"), squashfs(2 << 20)).unwrap();
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let error = publish(&node, &[("digest", &digest)], "a").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition, "{error}");
+    assert!(error.message.contains("would not be checked"), "{error}");
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn the_next_process_goes_on_with_what_was_cut_short() {
+    let mut node = Node::new().await;
+    node.kernel.refuse("another file", rustix::io::Errno::IO);
+    publish(&node, NODE, "a").await.unwrap();
+    wait_for(|| complete(&node) == 1, || "no copy".into()).await;
+    node.wait_for_calls("loop0: another file", 1).await;
+    node.kernel.allow();
+    // The kernel keeps what is mounted, and the double what somebody holds.
+    let _earlier = std::sync::Arc::clone(&node.volumes);
+    node.restart();
+    node.volumes.tend_copies_now().await.unwrap();
+    moved(&node).await;
+    let _earlier = std::sync::Arc::clone(&node.volumes);
+    node.restart();
+    node.log();
+    node.volumes.tend_copies_now().await.unwrap();
+    let asked = node.log().into_iter().any(|call| call.starts_with("mount") || call.starts_with("loop"));
+    assert!(!asked, "what stands on its copy is left alone, and no server is asked");
+}
+
+#[tokio::test]
+async fn a_staged_volume_is_known_again_on_the_copy_that_it_was_moved_to() {
+    let mut node = Node::new().await;
+    let mount = volume(&node, NODE);
+    node.volumes.stage("v", &mount).await.unwrap();
+    let target = node.target("a");
+    let publication = Publication {
+        volume_id: "v".into(),
+        target: target.clone(),
+        mount,
+        read_only: true,
+        namespace: None,
+        exclusive: false,
+    };
+    node.volumes.publish(publication.clone(), true).await.unwrap();
+    moved(&node).await;
+    let _earlier = std::sync::Arc::clone(&node.volumes);
+    node.restart();
+    node.stop_server().await;
+    let other = Publication { target: node.target("b"), ..publication };
+    node.volumes.publish(other, true).await.unwrap();
+    assert_eq!(node.kernel.live_loop_devices(), [0]);
+    assert!(!node.log().iter().any(|call| call.starts_with("mount nfs")));
+}
+
+#[tokio::test]
+async fn a_copy_that_somebody_cut_is_thrown_away_and_made_again() {
+    let node = Node::new().await;
+    publish(&node, NODE, "a").await.unwrap();
+    moved(&node).await;
+    unpublish(&node, "a").await;
+    node.assert_nothing_held().await;
+    let id = copies::list(&node.cache_dir()).unwrap()[0].original.id();
+    let path = node.cache_dir().join(format!("{id}.image"));
+    std::fs::remove_file(&path).unwrap();
+    std::fs::File::create(&path).unwrap().write_all_at(b"hsqs", 0).unwrap();
+    publish(&node, NODE, "b").await.unwrap();
+    moved(&node).await;
+    assert_eq!(std::fs::metadata(path).unwrap().len(), 4096);
+}
