@@ -202,6 +202,7 @@ test-kubernetes: test-controller vm target/tools/helm image ## run the driver in
 .PHONY: soak
 soak: tools ## run the long tests at full length
 	$(call test_binary,host); $(SUDO) env SOAK=1 $$binary --include-ignored --test-threads=1
+	SOAK=1 cargo test --release --locked --lib many_rounds
 
 .PHONY: bench
 bench: client ## measure against the tools that users would pick, in the virtual machine
