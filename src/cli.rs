@@ -1,6 +1,6 @@
 //! The command line: its subcommands, flags and environment variables.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -265,6 +265,13 @@ pub enum Command {
         cache_dir: CacheDir,
         #[command(flatten)]
         data_dir: DataDir,
+    },
+    /// Let this node's NFS mounts of a server that has moved, whoever made them, go on at its new address: pods that wait for it read on
+    Move {
+        /// The address that the server had
+        old: IpAddr,
+        /// Its address now, or a name that has it: the same file systems must be there
+        new: String,
     },
     /// See to the copies of images on this node
     #[command(subcommand)]

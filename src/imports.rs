@@ -59,7 +59,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("kubernetes", &["error", "socket", "spec"]),
     ("csi", &["error", "kubernetes", "lock", "metrics", "socket", "spec", "volume"]),
-    ("ops", &["error", "kernel", "kubernetes", "metrics", "single_flight", "spec", "volume"]),
+    ("ops", &["blocking", "error", "kernel", "kubernetes", "metrics", "single_flight", "spec", "volume"]),
 ];
 
 /// The source files by module path: `kernel::mount` and its text, without tests.

@@ -16,7 +16,7 @@ use csi_driver_squashfs::kernel::Linux;
 use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
 use csi_driver_squashfs::kubernetes::registration::{self, Registered};
 use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
-use csi_driver_squashfs::ops::{self, Served, Watched};
+use csi_driver_squashfs::ops::{self, Served, Watched, moved};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
 use csi_driver_squashfs::volume::copies::{self, Verified};
@@ -71,6 +71,7 @@ async fn run(cli: Cli) -> Outcome {
             convert(&container, &policy, &surroundings)
         }
         Command::Status { output, cache_dir, data_dir } => show_status(name, &data_dir, &cache_dir, output),
+        Command::Move { old, new } => Ok(moved::move_server(old, &new, |moved| println!("{moved}")).await?),
         Command::Cache(command) => cache(name, command).await,
     }
 }

@@ -26,6 +26,43 @@ impl Drop for Link {
     }
 }
 
+/// The server at another address, until this goes.
+pub struct OtherAddress;
+
+impl OtherAddress {
+    pub const NEW: &str = "10.99.0.3";
+
+    /// The server has this one too.
+    pub fn added() -> Self {
+        // Where the link is cut nobody tells who has it: see `e2e/guest/nfs-server`.
+        run(
+            "ip",
+            &["neighbour", "replace", Self::NEW, "lladdr", "02:00:00:00:00:02", "dev", "nfs0", "nud", "permanent"],
+        );
+        run("nfs-server", &["exec", "ip", "address", "replace", &format!("{}/32", Self::NEW), "dev", "eth0"]);
+        OtherAddress
+    }
+
+    /// The server has this one alone: what is sent to the old one is lost.
+    pub fn instead(old: &str) -> Self {
+        let other = Self::added();
+        run("nfs-server", &["exec", "ip", "address", "delete", &format!("{old}/24"), "dev", "eth0"]);
+        run("nfs-server", &["exec", "ip", "route", "replace", "10.99.0.0/24", "dev", "eth0"]);
+        other
+    }
+}
+
+impl Drop for OtherAddress {
+    fn drop(&mut self) {
+        let old = format!("{}/24", std::env::var("NFS_SERVER").unwrap());
+        let new = format!("{}/32", Self::NEW);
+        for arguments in [["replace", &old], ["delete", &new]] {
+            let address = ["exec", "ip", "address", arguments[0], arguments[1], "dev", "eth0"];
+            let _ = Command::new("nfs-server").args(address).status();
+        }
+    }
+}
+
 /// Something that takes connections on this node, answers the NULL call, and says no more until it is dropped.
 pub struct StuckServer {
     port: u16,

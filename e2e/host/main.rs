@@ -3,6 +3,7 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod connections;
 mod history;
 mod killed;
 mod long_life;

@@ -9,6 +9,7 @@ mod bad_input;
 mod copies;
 mod grammar;
 mod killed;
+mod moved;
 mod operations;
 mod outage;
 mod story;

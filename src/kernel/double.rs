@@ -17,6 +17,7 @@ use super::loop_device::{Attached, LoopDevice, MAJOR, Tag};
 use super::mount::{DetachedMount, MountAttrFlags, NewMount, open_directory};
 use super::mountinfo::MountInfo;
 use super::mountstats::NfsCounters;
+use super::transport::Transport;
 use super::{Doing, Error, Kernel, Result, Subject, errno_of};
 use crate::lock::lock;
 
@@ -37,7 +38,7 @@ struct State {
     loop_devices: BTreeMap<u32, Loop>,
     file_systems: u32,
     ignores_read_only: bool,
-    merged_with: Option<String>,
+    merged_with: Option<(String, String)>,
 }
 
 struct Loop {
@@ -100,9 +101,9 @@ impl Double {
         lock(&self.state).ignores_read_only = true;
     }
 
-    /// From now on each server passes for the one at this address, as NFS 4 servers do that say so.
-    pub fn merge_with(&self, address: &str) {
-        lock(&self.state).merged_with = Some(address.to_owned());
+    /// From now on each server passes for the one at this address, as NFS 4 servers do that say so, with versions that begin so.
+    pub fn merge_with(&self, address: &str, version: &str) {
+        lock(&self.state).merged_with = Some((address.to_owned(), format!("(nfs {version}")));
     }
 
     /// What is left in the driver's namespace: mounts, and mount points.
@@ -176,7 +177,8 @@ impl Kernel for Double {
         let mode = if state.ignores_read_only { "rw" } else { "ro" };
         // `host:/path (nfs 4.2, ADDRESS)`
         let address = mount.what().rsplit_once(", ").map_or("", |(_, address)| address.trim_end_matches(')'));
-        Ok(format!("{mode},addr={}", state.merged_with.as_deref().unwrap_or(address)))
+        let merged = state.merged_with.as_ref().filter(|(_, version)| mount.what().contains(version));
+        Ok(format!("{mode},addr={}", merged.map_or(address, |(address, _)| address)))
     }
 
     fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {
@@ -270,6 +272,10 @@ impl Kernel for Double {
     }
 
     fn nfs_counters(&self) -> Result<Vec<NfsCounters>> {
+        Ok(Vec::new())
+    }
+
+    fn transports(&self) -> Result<Vec<Transport>> {
         Ok(Vec::new())
     }
 

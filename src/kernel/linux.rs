@@ -11,6 +11,7 @@ use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 use super::mountinfo::{self, MountInfo};
 use super::mountstats::{self, NfsCounters};
 use super::namespace::PrivateNamespace;
+use super::transport::{self, Transport};
 use super::{Doing, Kernel, Result, nfs, scratch};
 
 /// The kernel, and a mount namespace of this process's own in it.
@@ -85,6 +86,10 @@ impl Kernel for Linux {
 
     fn nfs_counters(&self) -> Result<Vec<NfsCounters>> {
         mountstats::read(&self.namespace)
+    }
+
+    fn transports(&self) -> Result<Vec<Transport>> {
+        transport::list()
     }
 
     fn run_in_namespace(&self, work: &mut (dyn FnMut() + Send)) -> Result<()> {

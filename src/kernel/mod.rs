@@ -19,9 +19,11 @@ pub mod namespace;
 pub mod nfs;
 pub mod overlay;
 pub mod scratch;
+pub mod sock_diag;
 pub mod support;
 pub mod thread;
 pub mod tmpfs;
+pub mod transport;
 
 pub use error::{Doing, Error, Result, Subject, errno_of};
 pub use linux::Linux;
@@ -34,6 +36,7 @@ use loop_device::{Attached, LoopDevice, Tag};
 use mount::{DetachedMount, MountAttrFlags, NewMount};
 use mountinfo::MountInfo;
 use mountstats::NfsCounters;
+use transport::Transport;
 
 /// What takes root, and what only a kernel can show: a unit test puts a double here that writes down what it is asked.
 pub trait Kernel: Send + Sync {
@@ -66,6 +69,8 @@ pub trait Kernel: Send + Sync {
     fn loop_devices(&self, tag: &Tag) -> Result<Vec<Attached>>;
     /// What the NFS client counts for the mounts of the driver's namespace. Asks no server.
     fn nfs_counters(&self) -> Result<Vec<NfsCounters>>;
+    /// The connections of the NFS client to its servers. Asks none of them.
+    fn transports(&self) -> Result<Vec<Transport>>;
     /// Runs `work` once, on a thread in the driver's own mount namespace, where the current directory is an empty one to make mount
     /// points in. See [`in_namespace`].
     fn run_in_namespace(&self, work: &mut (dyn FnMut() + Send)) -> Result<()>;

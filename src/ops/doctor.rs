@@ -65,7 +65,9 @@ pub async fn examine(examined: &Examined) -> Vec<Finding> {
             Err(error) => Verdict::Weak(format!("{error}: volumes with \"overlay: directory\" will fail")),
         },
     );
-    let servers: Vec<_> = examined.policy.hosts().chain(examined.servers.iter().map(String::as_str)).collect();
+    let policy = &examined.policy;
+    let servers = policy.hosts().chain(examined.servers.iter().map(String::as_str));
+    let servers: Vec<_> = servers.flat_map(|server| policy.addresses(server)).collect();
     if servers.is_empty() {
         find("servers", Verdict::Good("none to ask: name them as arguments, or in a policy".into()));
     }

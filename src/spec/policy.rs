@@ -5,6 +5,7 @@
 
 mod export;
 mod layers;
+mod server;
 
 use std::collections::BTreeMap;
 
@@ -14,11 +15,12 @@ use serde_json::Value;
 
 use export::Limits;
 pub use layers::{Share, WritableLayers};
+use server::Server;
 
 use super::copies::CACHE;
 use super::error::{SpecError, quote};
 use super::pattern::{components, covers, matches, names_host};
-use super::read::{self, Object, words};
+use super::read::{self, words};
 use super::{Attach, Base, Bind, Cache, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, text};
 
 /// The name of the policy in errors.
@@ -30,7 +32,7 @@ const LISTED: usize = 8;
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Policy {
-    #[serde(deserialize_with = "present_servers")]
+    #[serde(deserialize_with = "server::list")]
     #[schemars(with = "Vec<Server>")]
     servers: Option<Vec<Server>>,
     host_paths: Paths,
@@ -59,16 +61,6 @@ struct Namespaces {
     // All but its own namespaces: see `super::schema`.
     #[schemars(with = "BTreeMap<String, Value>")]
     policy: Policy,
-}
-
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
-struct Server {
-    #[schemars(regex(pattern = r"^\S+$"))]
-    host: String,
-    #[serde(default, deserialize_with = "present")]
-    #[schemars(with = "Vec<String>", inner(regex(pattern = "^/")))]
-    exports: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
@@ -102,11 +94,6 @@ fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> R
     Vec::deserialize(deserializer).map(Some)
 }
 
-fn present_servers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Server>>, D::Error> {
-    let servers: Vec<Object<Server>> = Vec::deserialize(deserializer)?;
-    Ok(Some(servers.into_iter().map(|server| server.0).collect()))
-}
-
 impl Policy {
     /// Reads a policy of at most 64 KiB. `{}` is the default policy; a text that says nothing at all is refused.
     pub fn parse(text: &str) -> Result<Policy, SpecError> {
@@ -117,12 +104,7 @@ impl Policy {
     }
 
     fn canonicalise(&mut self) {
-        for server in self.servers.iter_mut().flatten() {
-            // In the form that a spec's host has: without brackets, and an IPv6 address in its one spelling.
-            if let Ok(host) = text::host(&server.host) {
-                server.host = host;
-            }
-        }
+        self.servers.iter_mut().flatten().for_each(Server::canonicalise);
         self.namespaces.iter_mut().for_each(|namespaces| namespaces.policy.canonicalise());
     }
 
@@ -147,6 +129,12 @@ impl Policy {
         self.node_cache
     }
 
+    /// Whether each namespace may use this version of NFS, such as `4.1`.
+    pub fn allows_nfs(&self, version: &str) -> bool {
+        let allows = |policy: &Policy| policy.nfs_versions.iter().any(|allowed| allowed.as_str() == version);
+        self.all().all(allows)
+    }
+
     /// What the pods of a namespace may have of writable layers on one node, all together.
     pub fn share(&self, namespace: &str) -> Share {
         self.of(namespace).writable_layers.per_namespace
@@ -156,6 +144,14 @@ impl Policy {
     pub fn hosts(&self) -> impl Iterator<Item = &str> {
         let servers = self.all().flat_map(|policy| policy.servers.iter().flatten());
         servers.map(|server| server.host.as_str()).filter(|host| !host.contains('*'))
+    }
+
+    /// The names and addresses at which a server is reached that volumes name `host`, in the order in which to try them: `host` itself
+    /// where the admin says nothing else.
+    pub fn addresses<'a>(&'a self, host: &'a str) -> Vec<&'a str> {
+        let mut servers = self.servers.iter().flatten();
+        let addresses = servers.find_map(|server| server.addresses.as_ref().filter(|_| names_host(&server.host, host)));
+        addresses.map_or_else(|| vec![host], |addresses| addresses.iter().map(String::as_str).collect())
     }
 
     /// Splits the path of an export that the policy allows into what the admin named and the rest, which a user named, and below which a
@@ -253,10 +249,7 @@ impl Policy {
     /// A pattern that can never match is a mistake of the admin: better said now than denied later.
     fn validate(&self, at: &str) -> Result<(), SpecError> {
         for (index, server) in self.servers.iter().flatten().enumerate() {
-            let at = format!("{at}/servers/{index}");
-            text::host(&server.host.replace('*', "a")).map_err(invalid(&format!("{at}/host")))?;
-            let exports = server.exports.as_deref().unwrap_or_default();
-            validate_paths(&format!("{at}/exports"), exports)?;
+            server.validate(&format!("{at}/servers/{index}"))?;
         }
         self.host_paths.validate(&format!("{at}/hostPaths"))?;
         self.local_devices.validate(&format!("{at}/localDevices"))?;
@@ -276,6 +269,11 @@ impl Policy {
             }
             if !namespaces.policy.namespaces.is_empty() {
                 return Err(invalid(&format!("{at}/policy/namespaces"))("is only for the outermost policy".into()));
+            }
+            let mut servers = namespaces.policy.servers.iter().flatten();
+            if let Some(index) = servers.position(|server| server.addresses.is_some()) {
+                let at = format!("{at}/policy/servers/{index}/addresses");
+                return Err(invalid(&at)("is only for the outermost policy: a name means one server on a node".into()));
             }
             namespaces.policy.validate(&format!("{at}/policy"))?;
         }

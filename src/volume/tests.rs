@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use tokio::net::TcpListener;
 
-use super::fixture::{Node, squashfs, wait_for};
+use super::fixture::{Node, answer_null_calls, squashfs, wait_for};
 use super::publication::{Publication, by_hand};
 use crate::error::Kind;
 use crate::kernel::Kernel;
@@ -192,11 +193,58 @@ async fn a_kernel_that_makes_a_read_only_export_writable_is_told_from_others() {
 #[tokio::test]
 async fn a_server_that_says_it_is_another_one_is_refused() {
     let node = Node::new().await;
-    node.kernel.merge_with("127.0.0.9");
+    node.kernel.merge_with("127.0.0.9", "");
     let error = node.publish("v", &node.image(""), "pod").await.unwrap_err();
     assert_eq!(error.kind, Kind::FailedPrecondition);
     assert!(error.message.contains("it says that it is the server at 127.0.0.9"), "{error}");
     node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn a_server_that_the_kernel_takes_for_another_one_is_mounted_by_another_minor_version() {
+    let mut node = Node::new().await;
+    node.kernel.merge_with("127.0.0.9", "4.2");
+    node.publish("v", &node.image(""), "pod").await.unwrap();
+    let log = node.log();
+    assert!(log.iter().any(|line| line.contains("vers=4.1,addr=127.0.0.1")), "{log:?}");
+    // Unless the admin has something against it.
+    node.policy(r#"nfsVersions: ["4.2"]"#);
+    let error = node.publish("w", &node.nfs("/images"), "other").await.unwrap_err();
+    assert!(error.message.contains("it says that it is the server at 127.0.0.9"), "{error}");
+}
+
+#[tokio::test]
+async fn volumes_find_a_server_that_has_moved_and_those_that_run_keep_their_mount() {
+    let mut node = Node::new().await;
+    node.policy("servers: [{host: images, addresses: [127.0.0.8, 127.0.0.9]}]");
+    let listen = async |address: &str, port| {
+        let listener = TcpListener::bind((address, port)).await.unwrap();
+        (listener.local_addr().unwrap().port(), tokio::spawn(answer_null_calls(listener)))
+    };
+    let (port, server) = listen("127.0.0.8", 0).await;
+    let spec = node.nfs_at("images", "/images").replace(&node.port.to_string(), &port.to_string());
+    let target = node.publish("v", &spec, "pod").await.unwrap();
+    let mounts = |node: &Node| {
+        let log = node.log().into_iter().filter(|line| line.starts_with("mount nfs4"));
+        log.map(|line| line.split(',').find(|option| option.starts_with("addr=")).unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(mounts(&node), ["addr=127.0.0.8"]);
+    server.abort();
+    while tokio::net::TcpStream::connect(("127.0.0.8", port)).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let error = node.publish("w", &spec, "other").await.unwrap_err();
+    assert_eq!(error.kind, Kind::Unavailable);
+    assert_eq!(mounts(&node), [""; 0]);
+    let _server = listen("127.0.0.9", port).await;
+    for volume in ["w", "x"] {
+        node.publish(volume, &spec, volume).await.unwrap();
+    }
+    assert_eq!(mounts(&node), ["addr=127.0.0.9"]);
+    assert_eq!(node.kernel.left_in_namespace().len(), 2);
+    node.volumes.unpublish("v", &target).await.unwrap();
+    wait_for(|| node.kernel.left_in_namespace().len() == 1, || "the old mount is still there".into()).await;
 }
 
 #[tokio::test]

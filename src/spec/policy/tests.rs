@@ -42,8 +42,9 @@ fn the_example_means_what_it_says() {
     let error = check(policy, &read_only(nfs("10.0.1.1", "/", "hard"))).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "mountSpec/nfs/host: server \"10.0.1.1\" is not allowed by the policy; allowed: nfs.example.com, 10.0.0.*",
+        "mountSpec/nfs/host: server \"10.0.1.1\" is not allowed by the policy; allowed: nfs.example.com, 10.0.0.*, images",
     );
+    assert_eq!(Policy::parse(policy).unwrap().addresses("images"), ["10.0.0.9", "nfs-2.example.com"]);
 }
 
 #[test]
@@ -53,6 +54,16 @@ fn the_default_allows_any_server_and_nothing_of_the_node() {
     assert_denied("{}", &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/path");
     assert_denied("{}", &local("/dev/sda"), "/attach/attach/local/path");
     assert_denied("{}", r#"{"kind":"bind","bind":{"path":"/etc","base":"root"}}"#, "/bind/path");
+}
+
+#[test]
+fn a_server_is_reached_at_its_addresses_however_a_volume_spells_its_name() {
+    let policy = "servers: [{host: Images.example.com, addresses: [\"[FD00::9]\", b]}, {host: \"*.example.com\"}]";
+    let policy = Policy::parse(policy).unwrap();
+    for host in ["images.example.com", "images.example.com."] {
+        assert_eq!(policy.addresses(host), ["fd00::9", "b"]);
+    }
+    assert_eq!(policy.addresses("other.example.com"), ["other.example.com"]);
 }
 
 #[test]
@@ -160,6 +171,14 @@ fn mistakes_of_the_admin_are_told_at_once() {
         ("nfsLimits: {timeo: {}}", "/nfsLimits/timeo", "limits nothing"),
         ("writableLayers: {maxSize: lots}", "/writableLayers/maxSize", "is not a size"),
         ("writableLayers: {kinds: [disk]}", "/writableLayers/kinds/0", "known values: directory, tmpfs"),
+        ("servers: [{host: a, addresses: []}]", "/servers/0/addresses", "names no address"),
+        ("servers: [{host: a, addresses: [\"b c\"]}]", "/servers/0/addresses", "b c"),
+        ("servers: [{host: \"*.a\", addresses: [b]}]", "/servers/0/addresses", "is a pattern"),
+        (
+            "namespaces: [{names: [a], policy: {servers: [{host: b}, {host: a, addresses: [b]}]}}]",
+            "/namespaces/0/policy/servers/1/addresses",
+            "only for the outermost",
+        ),
         ("namespaces: [{names: [], policy: {}}]", "/namespaces/0/names", "names no namespace"),
         ("namespaces: [{names: [a]}]", "/namespaces/0", "missing field \"policy\""),
         (

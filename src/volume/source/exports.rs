@@ -1,142 +1,58 @@
 //! NFS mounts that volumes share: one for each export and set of options.
 
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::mark::nfs_directory;
+use super::nfs_mount::NfsMount;
+use super::probe::null_call;
+use super::resolve;
 use super::shared::Shared;
-use super::{probe, resolve};
-use crate::blocking::{OffThread, measured};
+use crate::blocking::{self, OffThread, measured};
 use crate::error::{Error, Kind, Result};
-use crate::kernel::mount::{DetachedMount, Symlinks, open_directory, open_directory_beneath};
-use crate::kernel::nfs::{self, Export};
-use crate::kernel::{self, Doing, Kernel, Subject, in_namespace};
+use crate::kernel::nfs::{Export, Version};
+use crate::kernel::{self, Kernel};
+use crate::lock::lock;
 use crate::places::{self, Place, Places, Table};
+use crate::spec::policy::Policy;
 
-/// An export mounted in the driver's namespace, for as long as anyone holds it.
-pub struct NfsMount {
-    export: Export,
-    address: IpAddr,
-    places: Places,
-    mount: DetachedMount,
-    /// Its superblock is.
-    read_only: bool,
-    kernel: Arc<dyn Kernel>,
-    directory: String,
-}
-
-impl NfsMount {
-    /// Waits for the server, which is the one of `addresses` that answered: those of its host.
-    fn new(
-        export: Export,
-        address: IpAddr,
-        addresses: &[IpAddr],
-        places: Places,
-        kernel: Arc<dyn Kernel>,
-    ) -> kernel::Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let mount = kernel.mount(export.mount_from(address)?).map_err(nfs::explain)?;
-        let directory = nfs_directory(COUNT.fetch_add(1, Ordering::Relaxed));
-        let options = in_namespace(&*kernel, || {
-            std::fs::create_dir(&directory).doing(|| format!("make directory {directory}"))?;
-            let attach = || {
-                kernel.attach(&mount, open_directory(Path::new(&directory))?.as_fd())?;
-                kernel.super_options(&mount)
-            };
-            attach().inspect_err(|_| {
-                // The first error is the one to report.
-                let _ = kernel.unmount_all(Path::new(&directory)).map(|()| std::fs::remove_dir(&directory));
-            })
-        })??;
-        let read_only = options.split(',').next() == Some("ro");
-        let real = options.split(',').find_map(|option| option.strip_prefix("addr=")?.parse().ok());
-        // From here on it is taken off where it is dropped.
-        let mount = NfsMount { export, address, places, mount, read_only, kernel, directory };
-        match real {
-            Some(real) if !addresses.contains(&real) => Err(mount.passes_for(real)),
-            _ => Ok(mount),
-        }
-    }
-
-    /// Opens a directory of the mount without following a symlink. Asks the server.
-    pub fn open(&self, directory: &str) -> kernel::Result<OwnedFd> {
-        open_directory_beneath(&self.mount, directory, Symlinks::Refused)
-    }
-
-    /// NFS 4 servers say who they are, and the kernel believes them: what says that it is another server is asked no more, and the mount shows
-    /// the export of that one, which this node may read and the author of the volume may not.
-    fn passes_for(&self, real: IpAddr) -> kernel::Error {
-        let hint = format!(
-            "it says that it is the server at {real}, which this node has mounted, and the kernel would show the export of that one: if \
-             they are one server, name it by that address, or by a name that has both"
-        );
-        kernel::Error::new(format!("mount {}", self.mount.what()), Errno::NOTUNIQ)
-            .about(Subject::Server)
-            .with_hint(hint)
-    }
-
-    /// Fails where what was mounted read-only can be written to: Linux 6.13, and releases that took the change over, give such a mount
-    /// the superblock of a writable one of the same export.
-    pub fn check_read_only(&self) -> kernel::Result<()> {
-        if self.read_only || !self.export.read_only {
-            return Ok(());
-        }
-        let hint = "this kernel answers with the writable mount of the export that there is already: mount the export read-only \
-                    everywhere on this node, or update its kernel";
-        let action = format!("mount {} read-only", self.export);
-        Err(kernel::Error::new(action, Errno::BUSY).about(Subject::Server).with_hint(hint))
-    }
-
-    /// The threads that may wait for this mount's server.
-    pub fn places(&self) -> &Places {
-        &self.places
-    }
-
-    /// Whether the server answers, so that it makes sense to let the kernel ask it something.
-    pub async fn probe(&self) -> Result<()> {
-        Ok(probe::null_call(&self.export, SocketAddr::new(self.address, self.export.port())).await?)
-    }
-
-    fn detach(&self) -> kernel::Result<()> {
-        in_namespace(&*self.kernel, || {
-            self.kernel.unmount_all(Path::new(&self.directory))?;
-            std::fs::remove_dir(&self.directory).doing(|| format!("remove {}", self.directory))
-        })?
-    }
-}
-
-impl Drop for NfsMount {
-    fn drop(&mut self) {
-        if let Err(error) = self.detach() {
-            tracing::error!("release NFS mount {}: {error}", self.export);
-        }
-    }
-}
+/// How long the kernel may take to mount an export of a server that answers, before another way to it is looked for.
+const LATE: Duration = Duration::from_secs(10);
 
 /// The NFS mounts of one driver.
 pub struct Exports {
     kernel: Arc<dyn Kernel>,
+    policy: Arc<Policy>,
     /// In KiB.
     read_ahead: Option<u32>,
     mounts: Shared<Export, OffThread<NfsMount>>,
     places: Arc<Table>,
+    late: Mutex<HashMap<(IpAddr, Version), Weak<()>>>,
 }
 
 impl Exports {
-    pub fn new(kernel: Arc<dyn Kernel>, read_ahead: Option<u32>) -> Self {
-        Exports { kernel, read_ahead, mounts: Shared::default(), places: Arc::default() }
+    pub fn new(kernel: Arc<dyn Kernel>, policy: Arc<Policy>, read_ahead: Option<u32>) -> Self {
+        let (mounts, places, late) = (Shared::default(), Arc::default(), Mutex::default());
+        Exports { kernel, policy, read_ahead, mounts, places, late }
     }
 
     /// The mount of this export, whose server answered just now.
     pub async fn get(self: &Arc<Self>, export: &Export) -> Result<Arc<OffThread<NfsMount>>> {
         if let Some(mount) = self.mounts.find(export) {
-            mount.probe().await?;
-            return Ok(mount);
+            match mount.probe().await {
+                Ok(()) => return Ok(mount),
+                Err(error) => match self.answers_elsewhere(export, mount.address()).await {
+                    Some(address) => {
+                        tracing::warn!("mount {export} from {address} from now on: {error}");
+                        self.mounts.forget(export, &mount);
+                    }
+                    None => return Err(error),
+                },
+            }
         }
         let (this, new) = (Arc::clone(self), export.clone());
         let admitted = self.admit(&format!("mount {export}")).await;
@@ -145,6 +61,14 @@ impl Exports {
             this.mount(&new).await
         };
         self.mounts.get(export, make).await
+    }
+
+    /// Who asks for this export from now on gets a new mount, as where the server says that it does not know the old one (ESTALE); who has
+    /// the old one keeps it.
+    pub fn forget(&self, export: &Export) {
+        if let Some(mount) = self.mounts.find(export) {
+            self.mounts.forget(export, &mount);
+        }
     }
 
     /// See [`places::admit`].
@@ -157,12 +81,31 @@ impl Exports {
         Places::new(&self.places, Ipv4Addr::UNSPECIFIED.into())
     }
 
+    async fn addresses(&self, export: &Export) -> Result<Vec<IpAddr>> {
+        resolve::all_addresses(&self.policy.addresses(&export.host)).await
+    }
+
+    /// Another address of the server, at which it answers.
+    async fn answers_elsewhere(&self, export: &Export, silent: IpAddr) -> Option<IpAddr> {
+        // Name servers that do not answer either have no better news.
+        for address in self.addresses(export).await.ok()? {
+            if address != silent && self.ask(export, address).await.is_ok() {
+                return Some(address);
+            }
+        }
+        None
+    }
+
+    async fn ask(&self, export: &Export, address: IpAddr) -> kernel::Result<()> {
+        null_call(export, SocketAddr::new(address, export.port())).await
+    }
+
     /// Tries every address of the host; the error is the most telling one.
     async fn mount(&self, export: &Export) -> Result<OffThread<NfsMount>> {
         let mut last: Option<Error> = None;
-        let addresses: Arc<[IpAddr]> = resolve::addresses(&export.host).await?.into();
+        let addresses: Arc<[IpAddr]> = self.addresses(export).await?.into();
         for &address in &*addresses {
-            let attempt = match probe::null_call(export, SocketAddr::new(address, export.port())).await {
+            let attempt = match self.ask(export, address).await {
                 Ok(()) => self.mount_from(export, address, &addresses).await,
                 Err(error) => Err(error.into()),
             };
@@ -176,11 +119,89 @@ impl Exports {
         Err(last.unwrap_or_else(|| Error::new(Kind::Unavailable, format!("mount {export}: the name has no address"))))
     }
 
+    /// The kernel takes an NFS 4 server that it knows by another address for the same, and goes on at that one, however dead it is. It does so
+    /// for one minor version of the protocol by itself: another has no such past.
     async fn mount_from(
         &self,
         export: &Export,
         address: IpAddr,
         addresses: &Arc<[IpAddr]>,
+    ) -> Result<OffThread<NfsMount>> {
+        let Some(other) = self.other_minor_version(export) else {
+            return self.mount_as(export, address, addresses, Arc::default()).await;
+        };
+        if self.is_late(address, export.version) {
+            return self.mount_as(&other, address, addresses, Arc::default()).await;
+        }
+        let mine = Arc::new(());
+        let gone_when_done = Arc::downgrade(&mine);
+        let mut first = pin!(self.mount_as(export, address, addresses, mine));
+        let refused = match tokio::time::timeout(LATE, &mut first).await {
+            Ok(Err(error)) if error.errno() == Some(Errno::NOTUNIQ) => Some(error),
+            Ok(done) => return done,
+            Err(_) if self.is_any_silent(export, address).await => None,
+            Err(_) => return first.await,
+        };
+        tracing::warn!(
+            "mount {export} from {address} by NFS {}: the kernel knows this server by another address, and would ask that one",
+            other.version
+        );
+        let second = self.mount_as(&other, address, addresses, Arc::default());
+        if let Some(refused) = refused {
+            return second.await.map_err(|_| refused);
+        }
+        lock(&self.late).insert((address, export.version), gone_when_done);
+        let second = tokio::select! {
+            done = &mut first => return done,
+            done = second => done,
+        };
+        match second {
+            Ok(mount) => Ok(mount),
+            Err(_) => first.await,
+        }
+    }
+
+    /// The same by another minor version of NFS 4, where the admin has nothing against it.
+    fn other_minor_version(&self, export: &Export) -> Option<Export> {
+        let version = match export.version {
+            Version::V3 => return None,
+            Version::V4_0 | Version::V4_2 => Version::V4_1,
+            Version::V4_1 => Version::V4_2,
+        };
+        self.policy.allows_nfs(version.as_str()).then(|| Export { version, ..export.clone() })
+    }
+
+    /// Whether a mount from this address is under way for longer than it should be.
+    fn is_late(&self, address: IpAddr, version: Version) -> bool {
+        let mut late = lock(&self.late);
+        late.retain(|_, mount| mount.strong_count() > 0);
+        late.contains_key(&(address, version))
+    }
+
+    /// Whether the kernel has a connection to another NFS server, which does not answer: it may be this one by another address.
+    async fn is_any_silent(&self, export: &Export, address: IpAddr) -> bool {
+        let kernel = Arc::clone(&self.kernel);
+        let connections = blocking::run("list the connections to NFS servers", move || kernel.transports()).await;
+        let connections = connections.unwrap_or_else(|error| {
+            tracing::debug!(%error, "which servers the kernel asks is not known");
+            Vec::new()
+        });
+        let others: BTreeSet<_> = connections.into_iter().map(|connection| connection.address).collect();
+        for other in others {
+            if other != address && self.ask(export, other).await.is_err() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// `until_done` is held until the kernel is done, whoever still waits for it.
+    async fn mount_as(
+        &self,
+        export: &Export,
+        address: IpAddr,
+        addresses: &Arc<[IpAddr]>,
+        until_done: Arc<()>,
     ) -> Result<OffThread<NfsMount>> {
         let step = format!("mount {export} (nfs {}, {address})", export.version);
         // By address, whatever name a user has for the server.
@@ -189,9 +210,10 @@ impl Exports {
         let addresses = Arc::clone(addresses);
         let read_ahead = self.read_ahead;
         let mount = move || {
+            let _until_done = until_done;
             let mount = measured("nfs", || NfsMount::new(export, address, &addresses, mine, Arc::clone(&kernel)))?;
             if let Some(kib) = read_ahead
-                && let Err(error) = kernel.set_read_ahead(&mount.mount, kib)
+                && let Err(error) = kernel.set_read_ahead(mount.mount(), kib)
             {
                 tracing::warn!(%error, "the kernel's own read-ahead stays");
             }

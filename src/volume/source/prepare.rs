@@ -5,6 +5,8 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::build::build;
 use super::exports::Exports;
 use super::mark::Mark;
@@ -50,7 +52,7 @@ impl Preparer {
         cache: Arc<Cache>,
     ) -> Result<Self> {
         let host_root = Arc::new(open_directory(host_root)?);
-        let exports = Arc::new(Exports::new(Arc::clone(&kernel), read_ahead));
+        let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), read_ahead));
         Ok(Preparer { kernel, policy, mark, host_root, exports, images: Arc::default(), cache })
     }
 
@@ -166,6 +168,23 @@ impl Preparer {
         known: &[Known],
         file_system: Option<FileSystem>,
     ) -> Result<(PreparedBase, OffThread<Image>)> {
+        match self.open_once(spec, known, file_system).await {
+            // The file system that was exported when it was mounted is there no more.
+            Err(error) if error.errno() == Some(Errno::STALE) => {
+                let Some(nfs) = spec.base.export() else { return Err(error) };
+                self.exports.forget(&Export { read_only: true, ..self.export(nfs).0 });
+                self.open_once(spec, known, file_system).await
+            }
+            opened => opened,
+        }
+    }
+
+    async fn open_once(
+        &self,
+        spec: &Loopback,
+        known: &[Known],
+        file_system: Option<FileSystem>,
+    ) -> Result<(PreparedBase, OffThread<Image>)> {
         let base = self.image_base(&spec.base, known).await?;
         let name = of_base(spec, file_system);
         let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
@@ -256,10 +275,7 @@ impl Preparer {
 
     /// What an image of an allowed mount is now, for comparison with what was attached. Its server may answer or not.
     pub async fn look_at(&self, spec: &Loopback) -> Result<Content> {
-        let base = self.image_base(&spec.base, &[]).await?;
-        let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
-        let step = format!("look at image {} of {}", spec.path, spec.base);
-        self.below(&base, step, move |base| Ok(Image::open(base, &path, symlinks)?.content)).await
+        Ok(self.open_image(spec, &[], None).await?.1.content)
     }
 
     /// Runs `work` with the open base, on a thread that may wait for the base's server.

@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use super::exports::NfsMount;
 use super::mark::Layer;
+use super::nfs_mount::NfsMount;
 use crate::blocking::OffThread;
 use crate::error::Result;
 use crate::kernel::Subject;

@@ -1,6 +1,6 @@
 //! A question that cannot hang, before the kernel asks one that can.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -46,19 +46,33 @@ pub async fn null_call(export: &Export, server: SocketAddr) -> Result<()> {
 
 /// Asks the NFS service of a host at its standard port, at each of its addresses; says which versions answered.
 pub async fn ask_host(host: &str) -> crate::error::Result<String> {
+    let answers = ask_at(host, &resolve::addresses(host).await?, nfs::PORT).await?;
+    let answers = answers.iter().map(|(address, version)| format!("NFS {} at {address}", version.program()));
+    Ok(format!("answers {}", answers.collect::<Vec<_>>().join(", ")))
+}
+
+/// The first address of a host, of the family of `like`, at which an NFS service answers at this port.
+pub async fn address_that_answers(host: &str, like: IpAddr, port: u16) -> crate::error::Result<IpAddr> {
+    let mut addresses = resolve::addresses(host).await?;
+    addresses.retain(|address| address.is_ipv4() == like.is_ipv4());
+    Ok(ask_at(host, &addresses, port).await?[0].0)
+}
+
+/// Where NFS answers, and by which versions: one at least.
+async fn ask_at(host: &str, addresses: &[IpAddr], port: u16) -> crate::error::Result<Vec<(IpAddr, Version)>> {
     let mut answers = Vec::new();
-    let mut last = crate::error::Error::new(Kind::Unavailable, format!("ask {host}: the name has no address"));
-    for address in resolve::addresses(host).await? {
+    let mut last = crate::error::Error::new(Kind::Unavailable, format!("ask {host}: the name has no such address"));
+    for &address in addresses {
         for version in [Version::V4_2, Version::V3] {
             let (host, path) = (host.to_owned(), "/".to_owned());
             let export = Export { host, path, version, read_only: true, options: Vec::new() };
-            match null_call(&export, SocketAddr::new(address, export.port())).await {
-                Ok(()) => answers.push(format!("NFS {} at {address}", version.program())),
+            match null_call(&export, SocketAddr::new(address, port)).await {
+                Ok(()) => answers.push((address, version)),
                 Err(error) => last = error.into(),
             }
         }
     }
-    if answers.is_empty() { Err(last) } else { Ok(format!("answers {}", answers.join(", "))) }
+    if answers.is_empty() { Err(last) } else { Ok(answers) }
 }
 
 async fn call(export: &Export, server: SocketAddr) -> std::io::Result<()> {

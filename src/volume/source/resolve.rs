@@ -1,5 +1,6 @@
 //! Host names to addresses, in the process: a static binary has no name service switch.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -14,6 +15,25 @@ use crate::step::waiting_for;
 
 /// How long a name server may take; its own retries are inside of it.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The addresses of several names of one server, each once, in the order in which to try them. An error where no name has any.
+pub async fn all_addresses(hosts: &[&str]) -> Result<Vec<IpAddr>> {
+    let (mut all, mut first_error) = (Vec::new(), None);
+    for host in hosts {
+        match addresses(host).await {
+            Ok(addresses) => all.extend(addresses),
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    let mut seen = HashSet::new();
+    all.retain(|address| seen.insert(*address));
+    match first_error {
+        Some(error) if all.is_empty() => Err(error),
+        _ => Ok(all),
+    }
+}
 
 /// The addresses of a host by `/etc/hosts` and the name servers of `/etc/resolv.conf`, in the order in which to try them.
 ///
@@ -62,6 +82,12 @@ fn config_for(host: &str, config: ResolverConfig) -> ResolverConfig {
 mod tests {
     use super::*;
     use hickory_resolver::system_conf::parse_resolv_conf;
+
+    #[tokio::test]
+    async fn a_server_with_several_names_has_each_address_once_and_in_their_order() {
+        let addresses = all_addresses(&["10.0.0.2", "no such name", "10.0.0.1", "10.0.0.2"]).await.unwrap();
+        assert_eq!(addresses, ["10.0.0.2", "10.0.0.1"].map(|address| address.parse::<IpAddr>().unwrap()));
+    }
 
     #[test]
     fn a_name_with_a_dot_is_looked_for_in_no_search_domain() {

@@ -38,6 +38,14 @@ where
         }
     }
 
+    /// Who asks for this key from now on gets another object than this one.
+    pub fn forget(&self, key: &K, object: &Arc<V>) {
+        let mut live = lock(&self.live);
+        if live.get(key).is_some_and(|live| std::ptr::eq(live.as_ptr(), Arc::as_ptr(object))) {
+            live.remove(key);
+        }
+    }
+
     /// The object of this key: the one in use, or what `make` returns. Who comes while it is made gets the same, or the same error.
     pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>> + Send + 'static) -> Result<Arc<V>> {
         if let Some(object) = self.find(key) {
@@ -85,6 +93,17 @@ mod tests {
         assert!(shared.find(&"d").is_none());
         drop(one);
         assert!(shared.find(&"b").is_none());
+    }
+
+    #[tokio::test]
+    async fn an_object_that_is_forgotten_is_made_anew_and_the_new_one_stays() {
+        let shared = Shared::default();
+        let old = shared.get(&"a", async { Ok(1) }).await.unwrap();
+        shared.forget(&"a", &old);
+        let new = shared.get(&"a", async { Ok(2) }).await.unwrap();
+        shared.forget(&"a", &old);
+        assert_eq!((*old, shared.find(&"a").as_deref()), (1, Some(&2)));
+        drop(new);
     }
 
     #[tokio::test]
