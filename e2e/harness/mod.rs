@@ -143,6 +143,13 @@ impl Driver {
         wait_for("the driver to listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     }
 
+    /// Kills the process and starts it with further arguments.
+    pub fn restart_with(&mut self, further: &[&str]) {
+        self.kill();
+        self.arguments.extend(further.iter().map(|argument| (*argument).to_owned()));
+        self.launch();
+    }
+
     /// Ends the process without a chance to clean up.
     pub fn kill(&mut self) {
         let mut process = self.process.take().expect("the driver runs");

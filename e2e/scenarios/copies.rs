@@ -182,6 +182,34 @@ fn a_driver_killed_anywhere_in_a_copy_or_a_move_goes_on_and_leaves_nothing() {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn pods_that_run_get_copies_when_they_are_switched_on_and_outlive_their_server() {
+    let digest = make_image("switched.sqsh", 8);
+    run("cp", &["/images/switched.sqsh", "/export2/"]);
+    let mut driver = Driver::start_with(&["--timeout=20"], None);
+    let of = |id: &str, share| {
+        Volume::flat(id, &[("server", &server()), ("share", share), ("image", "switched.sqsh")]).inline()
+    };
+    let (volume, elsewhere) = (of("v", "/images"), of("elsewhere", "/export2"));
+    let target = driver.publish(&volume, "pod").unwrap();
+    driver.restart_with(&["--cache-quota=1Gi", "--cache-min-free=1Mi", "--cache-by-default"]);
+    wait_until_local(&driver);
+    // What replaces the server has the image too, as another file.
+    let replaced = driver.publish(&elsewhere, "other").unwrap();
+    wait_until_local(&driver);
+    let link = Link::cut();
+    fresh_caches();
+    for target in [&target, &replaced] {
+        assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    }
+    for (volume, pod) in [(&volume, "pod"), (&elsewhere, "other")] {
+        in_time("the end of a pod", || driver.unpublish(volume, pod)).unwrap();
+    }
+    link.restore();
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn a_disk_that_fills_up_costs_a_pod_nothing_but_the_copy() {
     let digest = make_image("full.sqsh", 24);
     let disk = tempfile::tempdir().unwrap();
@@ -204,6 +232,34 @@ fn a_disk_that_fills_up_costs_a_pod_nothing_but_the_copy() {
     driver.unmount(&volume, "pod");
     driver.assert_nothing_left();
     drop(driver);
+    run("umount", &[disk.path().to_str().unwrap()]);
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_disk_that_fails_costs_a_pod_nothing_but_the_copy() {
+    let digest = make_image("eio.sqsh", 24);
+    let disk = tempfile::tempdir().unwrap();
+    let path = |name: &str| disk.path().join(name).display().to_string();
+    // A disk that promises more than it has answers EIO.
+    run("mount", &["-t", "tmpfs", "-o", "size=12M", "tmpfs", disk.path().to_str().unwrap()]);
+    run("truncate", &["--size=64M", &path("disk")]);
+    run("mkfs.ext4", &["-q", "-O", "^has_journal", "-E", "lazy_itable_init=1", &path("disk")]);
+    fs::create_dir(path("mounted")).unwrap();
+    run("mount", &["-o", "loop", &path("disk"), &path("mounted")]);
+    let driver = start(&[&format!("--cache-dir={}", path("mounted/cache"))]);
+    let volume = copied("v", "eio.sqsh");
+    let target = driver.mount(&volume, "pod").unwrap();
+    wait_for("the copy to fail", || driver.status()["copies"][0]["failed"].is_string());
+    let failed = driver.status()["copies"][0]["failed"].to_string();
+    assert!(failed.contains("Input/output error"), "{failed}");
+    fresh_caches();
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    assert!(!local(&driver));
+    driver.unmount(&volume, "pod");
+    driver.assert_nothing_left();
+    drop(driver);
+    run("umount", &[&path("mounted")]);
     run("umount", &[disk.path().to_str().unwrap()]);
 }
 

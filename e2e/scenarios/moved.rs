@@ -59,6 +59,10 @@ fn pods_that_wait_for_a_server_that_has_moved_read_on_when_the_node_is_told() {
     let after = driver.publish(&by_alias, "after").unwrap();
     assert!(fs::read(after.join("file")).unwrap() == content);
     assert!(readers.iter().all(|reader| !reader.is_finished()), "a reader got along without its server");
+    wait_for("a condition of the pod that waits", || {
+        let condition = driver.stats(&by_alias, "before").unwrap().volume_condition.unwrap();
+        condition.abnormal && condition.message.contains("if the server has moved, tell this node")
+    });
 
     let nobody = move_server(&driver, &server(), "10.99.0.77");
     assert!(!nobody.status.success(), "nobody answers there");
@@ -70,6 +74,7 @@ fn pods_that_wait_for_a_server_that_has_moved_read_on_when_the_node_is_told() {
     for reader in readers {
         assert!(in_time("a reader", || reader.join()).unwrap() == content);
     }
+    wait_for("the condition to go", || !driver.stats(&by_alias, "before").unwrap().volume_condition.unwrap().abnormal);
     // What is mounted already is found where it is now.
     driver.publish(&by_address, "x").unwrap();
     let again = move_server(&driver, &server(), OtherAddress::NEW);

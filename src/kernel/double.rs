@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
 use super::image::{Image, ImageIdentity};
-use super::loop_device::{Attached, LoopDevice, MAJOR, Tag};
+use super::loop_device::{Attached, LoopDevice, MAJOR, Reads, Tag};
 use super::mount::{DetachedMount, MountAttrFlags, NewMount, open_directory};
 use super::mountinfo::MountInfo;
 use super::mountstats::NfsCounters;
@@ -266,7 +266,7 @@ impl Kernel for Double {
         let describe = |(number, device): (&u32, &Loop)| {
             let (identity, opened) = (device.identity, LoopDevice::of_number(*number, device.open()?));
             let backing_file = Some(path_of(device.file.as_fd()).display().to_string());
-            Ok(Attached { device: opened, identity, backing_file, read_bytes: 0 })
+            Ok(Attached { device: opened, identity, backing_file, reads: Reads::default() })
         };
         devices.map(describe).collect()
     }

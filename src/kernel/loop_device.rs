@@ -157,8 +157,15 @@ pub struct Attached {
     pub identity: ImageIdentity,
     /// The path of the image, relative to the root of the mount it was opened on.
     pub backing_file: Option<String>,
-    /// How much was read from the device since it was attached.
-    pub read_bytes: u64,
+    pub reads: Reads,
+}
+
+/// What was read from a device since it was attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    pub bytes: u64,
+    /// Reads that have no answer yet.
+    pub under_way: u64,
 }
 
 /// All devices that carry `tag`, by number. Each is held open while the answer lives.
@@ -166,8 +173,8 @@ pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
     let mut attached = Vec::new();
     for number in candidates()? {
         if let Some((device, identity)) = inspect(number, tag)? {
-            let (backing_file, read_bytes) = (backing_file(number), read_bytes(number));
-            attached.push(Attached { device, identity, backing_file, read_bytes });
+            let (backing_file, reads) = (backing_file(number), reads(number));
+            attached.push(Attached { device, identity, backing_file, reads });
         }
     }
     attached.sort_by_key(|attached| attached.device.number);
@@ -180,11 +187,11 @@ fn backing_file(number: u32) -> Option<String> {
     Some(path.trim_end_matches('\n').to_owned())
 }
 
-/// How many bytes were read from the device since it was attached (Documentation/block/stat.rst; 0 where it is gone).
-fn read_bytes(number: u32) -> u64 {
+/// See Documentation/block/stat.rst; nothing where the device is gone.
+fn reads(number: u32) -> Reads {
     let stat = std::fs::read_to_string(format!("/sys/block/loop{number}/stat")).unwrap_or_default();
-    let sectors: u64 = stat.split_whitespace().nth(2).and_then(|sectors| sectors.parse().ok()).unwrap_or_default();
-    sectors * 512
+    let field = |at| stat.split_whitespace().nth(at).and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
+    Reads { bytes: field(2) * 512, under_way: field(8) }
 }
 
 /// The device, if it is attached and ours.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::error::{Error, Kind, Result};
-use crate::kernel::image::Content;
+use crate::kernel::image::{Content, ImageIdentity};
+use crate::kernel::loop_device::Reads;
 use crate::lock::lock;
 use crate::single_flight::Flights;
 use crate::spec::Loopback;
@@ -19,6 +20,11 @@ const FRESH: Duration = Duration::from_secs(30);
 /// How long a caller waits for a server; the question goes on, and its answer is there for the next caller.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long nothing is read although somebody reads, until that is worth a word.
+const LONG: Duration = Duration::from_secs(20);
+const HANGS: &str = "is well where its server is now, and reads of it get no answer: if the server has moved, tell this node by \
+                     'csi-driver-squashfs move OLD NEW'";
+
 /// What images are now, and when that was asked.
 type Answers = HashMap<Loopback, (Instant, Result<Content>)>;
 
@@ -27,11 +33,12 @@ pub struct Conditions {
     preparer: Arc<Preparer>,
     answers: Arc<Mutex<Answers>>,
     questions: Flights<Loopback, (), Content>,
+    reads: Mutex<UnansweredReads>,
 }
 
 impl Conditions {
     pub fn new(preparer: Arc<Preparer>) -> Self {
-        Conditions { preparer, answers: Arc::default(), questions: Flights::default() }
+        Conditions { preparer, answers: Arc::default(), questions: Flights::default(), reads: Mutex::default() }
     }
 
     /// What is wrong with the images of a published volume, in a sentence; `None` where nothing is.
@@ -46,7 +53,10 @@ impl Conditions {
                 }
                 let now = self.look_at(image).await;
                 if now.as_ref().is_ok_and(|now| now == attached) {
-                    continue;
+                    match self.hangs(attached).await {
+                        true => return Some(format!("image {} of {export} {HANGS}", image.path)),
+                        false => continue,
+                    }
                 }
                 // Where even that cannot be found out, nothing better is known than what the server says.
                 let is_local = self.preparer.is_local(image, *attached).await.unwrap_or_default();
@@ -65,6 +75,23 @@ impl Conditions {
             }
         }
         None
+    }
+
+    /// Whether reads of this image get no answer: its server may answer, and be elsewhere.
+    async fn hangs(&self, attached: &Content) -> bool {
+        let is_due = {
+            let mut reads = lock(&self.reads);
+            let is_due = reads.looked.is_none_or(|looked| looked.elapsed() >= PATIENCE);
+            reads.looked = is_due.then(Instant::now).or(reads.looked);
+            is_due
+        };
+        if is_due {
+            match self.preparer.reads().await {
+                Ok(now) => lock(&self.reads).look_at(now, Instant::now()),
+                Err(error) => tracing::debug!(%error, "whether reads hang is not known"),
+            }
+        }
+        lock(&self.reads).hang(attached)
     }
 
     async fn look_at(&self, image: &Loopback) -> Result<Content> {
@@ -90,6 +117,35 @@ impl Conditions {
     }
 }
 
+/// Loop devices with reads that had no answer when they were looked at.
+#[derive(Default)]
+struct UnansweredReads {
+    looked: Option<Instant>,
+    /// What they are of, how much was read by then, and since when that is so.
+    devices: HashMap<u32, (ImageIdentity, u64, Instant)>,
+    hang: Vec<ImageIdentity>,
+}
+
+impl UnansweredReads {
+    fn look_at(&mut self, devices: Vec<(u32, ImageIdentity, Reads)>, now: Instant) {
+        let before = std::mem::take(&mut self.devices);
+        let waiting = devices.into_iter().filter(|(_, _, reads)| reads.under_way > 0);
+        self.devices = waiting
+            .map(|(device, identity, Reads { bytes, .. })| {
+                let known = before.get(&device).filter(|known| (known.0, known.1) == (identity, bytes));
+                (device, (identity, bytes, known.map_or(now, |known| known.2)))
+            })
+            .collect();
+        let hang = self.devices.values().filter(|(_, _, since)| now.duration_since(*since) >= LONG);
+        self.hang = hang.map(|(identity, ..)| *identity).collect();
+    }
+
+    /// Whether nothing was read of this image for a while although somebody reads in it.
+    fn hang(&self, image: &Content) -> bool {
+        self.hang.iter().any(|identity| (identity.inode, identity.size) == (image.inode, image.size))
+    }
+}
+
 fn changed(attached: &Content, now: &Content, is_local: bool) -> Option<String> {
     if attached == now {
         return None;
@@ -108,6 +164,19 @@ fn changed(attached: &Content, now: &Content, is_local: bool) -> Option<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_that_get_no_answer_for_a_while_are_told_from_those_that_are_under_way() {
+        let (mut reads, start) = (UnansweredReads::default(), Instant::now());
+        let identity = ImageIdentity { device: 1, inode: 2, size: 3, changed: 4 };
+        let mut look = |bytes, under_way, seconds| {
+            reads.look_at(vec![(7, identity, Reads { bytes, under_way })], start + Duration::from_secs(seconds));
+            assert!(!reads.hang(&Content { inode: 9, size: 3, modified: 5 }));
+            reads.hang(&Content { inode: 2, size: 3, modified: 5 })
+        };
+        assert!(!look(10, 1, 0) && !look(20, 1, 60) && !look(20, 1, 79) && look(20, 2, 80));
+        assert!(!look(20, 0, 81) && !look(20, 1, 82) && look(20, 1, 102));
+    }
 
     #[test]
     fn each_way_in_which_an_image_can_change_has_its_words() {

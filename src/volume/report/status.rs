@@ -129,7 +129,7 @@ pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume], copies
             local: image.is_some(),
             image: image.or(attached.backing_file.map(|path| without_nfs_directory(&path).to_owned())),
             size: attached.identity.size,
-            read_bytes: attached.read_bytes,
+            read_bytes: attached.reads.bytes,
             published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
         }
     };

@@ -9,7 +9,7 @@ use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image, ImageIdentity};
-use crate::kernel::loop_device::Attached;
+use crate::kernel::loop_device::{Attached, Reads};
 use crate::kernel::{self, Doing};
 use crate::metrics;
 use crate::places::run_at;
@@ -150,6 +150,17 @@ impl Preparer {
     /// The name that the copy of a known image has in the directory of copies.
     pub(super) fn copy_of(&self, image: &Loopback, content: Content, identity: ImageIdentity) -> Option<String> {
         Some(Original::new(Name::of(image)?, content, identity.changed).id())
+    }
+
+    /// What was read from each loop device, by its number, and which image it is of. Asks no server.
+    pub async fn reads(&self) -> Result<Vec<(u32, ImageIdentity, Reads)>> {
+        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
+        let look = move || {
+            let devices = kernel.loop_devices(mark.tag())?.into_iter();
+            let reads = devices.map(|attached| (attached.device.number(), attached.identity, attached.reads));
+            Ok::<_, kernel::Error>(reads.collect())
+        };
+        blocking::run("look at the loop devices", look).await
     }
 
     /// Whether an image with this content is read from this node, whatever its server does. Asks no server.
