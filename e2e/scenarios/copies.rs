@@ -241,12 +241,14 @@ fn a_disk_that_fails_costs_a_pod_nothing_but_the_copy() {
     let digest = make_image("eio.sqsh", 24);
     let disk = tempfile::tempdir().unwrap();
     let path = |name: &str| disk.path().join(name).display().to_string();
-    // A disk that promises more than it has answers EIO.
-    run("mount", &["-t", "tmpfs", "-o", "size=12M", "tmpfs", disk.path().to_str().unwrap()]);
     run("truncate", &["--size=64M", &path("disk")]);
     run("mkfs.ext4", &["-q", "-O", "^has_journal", "-E", "lazy_itable_init=1", &path("disk")]);
     fs::create_dir(path("mounted")).unwrap();
     run("mount", &["-o", "loop", &path("disk"), &path("mounted")]);
+    // What lies beyond the end of a disk cannot be written, nor read: EIO.
+    run("truncate", &["--size=8M", &path("disk")]);
+    let device = run("losetup", &["--associated", &path("disk"), "--noheadings", "--output", "NAME"]);
+    run("losetup", &["--set-capacity", device.trim()]);
     let driver = start(&[&format!("--cache-dir={}", path("mounted/cache"))]);
     let volume = copied("v", "eio.sqsh");
     let target = driver.mount(&volume, "pod").unwrap();
@@ -260,7 +262,6 @@ fn a_disk_that_fails_costs_a_pod_nothing_but_the_copy() {
     driver.assert_nothing_left();
     drop(driver);
     run("umount", &[&path("mounted")]);
-    run("umount", &[disk.path().to_str().unwrap()]);
 }
 
 #[test]
