@@ -273,6 +273,16 @@ pub enum Command {
         /// Its address now, or a name that has it: the same file systems must be there
         new: String,
     },
+    /// Append a hash tree to an image, by which the kernel can verify each block, and print its root hash
+    Seal {
+        /// The image, which nobody may use meanwhile
+        image: PathBuf,
+    },
+    /// Read an image and its hash tree, and print the root hash where they fit
+    Verify {
+        /// The image
+        image: PathBuf,
+    },
     /// See to the copies of images on this node
     #[command(subcommand)]
     Cache(CacheCommand),

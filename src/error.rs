@@ -107,6 +107,7 @@ fn class(subject: Subject, errno: Errno) -> Kind {
         | Errno::OPNOTSUPP
         | Errno::NAMETOOLONG
         | Errno::MEDIUMTYPE
+        | Errno::BADMSG
         | Errno::NOTUNIQ
         | Errno::NODATA => Kind::FailedPrecondition,
         errno => match (subject, errno) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
-use csi_driver_squashfs::kernel::Linux;
+use csi_driver_squashfs::kernel::{Linux, verity};
 use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
 use csi_driver_squashfs::kubernetes::registration::{self, Registered};
 use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
@@ -72,6 +72,8 @@ async fn run(cli: Cli) -> Outcome {
         }
         Command::Status { output, cache_dir, data_dir } => show_status(name, &data_dir, &cache_dir, output),
         Command::Move { old, new } => Ok(moved::move_server(old, &new, |moved| println!("{moved}")).await?),
+        Command::Seal { image } => seal(&image),
+        Command::Verify { image } => verify(&image),
         Command::Cache(command) => cache(name, command).await,
     }
 }
@@ -207,6 +209,21 @@ fn show_status(driver_name: &str, data_dir: &DataDir, cache_dir: &CacheDir, outp
         Output::Text => print!("{status}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
     }
+    Ok(())
+}
+
+fn seal(image: &Path) -> Outcome {
+    let file = fs::File::options().read(true).write(true).open(image);
+    let file = file.map_err(|error| format!("open {} to write to it: {error}", image.display()))?;
+    let root = verity::seal(&file).map_err(|error| format!("{}: {error}", image.display()))?;
+    println!("{}", verity::hexadecimal(&root));
+    Ok(())
+}
+
+fn verify(image: &Path) -> Outcome {
+    let file = fs::File::open(image).map_err(|error| format!("open {}: {error}", image.display()))?;
+    let root = verity::verify(&file).map_err(|error| format!("{}: {error}", image.display()))?;
+    println!("{}", verity::hexadecimal(&root));
     Ok(())
 }
 

@@ -28,7 +28,7 @@ use csi_driver_squashfs::csi::v1::{
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest,
     NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, VolumeCapability,
 };
-use csi_driver_squashfs::kernel::loop_device;
+use csi_driver_squashfs::kernel::{device_mapper, loop_device};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
@@ -295,13 +295,18 @@ impl Driver {
         devices.iter().map(|attached| format!("loop{}", attached.device.number())).collect()
     }
 
+    /// The device-mapper devices that carry this driver's mark.
+    pub fn verified_devices(&self) -> usize {
+        device_mapper::list(&loop_device::Tag::new(&self.name)).unwrap().len()
+    }
+
     /// Fails unless the kernel and the disk have nothing of this driver's: mounts, loop devices, connections, scratch layers.
     pub fn assert_nothing_left(&self) {
         assert_eq!(self.mounts(), [""; 0], "mounts are left");
         let in_vm = std::env::var_os("NFS_SERVER").is_some();
         // The kernel closes a connection a moment after its last user went.
         wait_for("loop devices and connections to go", || {
-            self.loop_devices().is_empty() && (!in_vm || kernel::nfs_connections() == 0)
+            self.loop_devices().is_empty() && self.verified_devices() == 0 && (!in_vm || kernel::nfs_connections() == 0)
         });
         assert_eq!(self.published_directories(), 0, "records or scratch layers are left");
         // Deleted in the background.

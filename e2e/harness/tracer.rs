@@ -362,14 +362,17 @@ impl Memory {
             }
             Loop(at) => {
                 let file = self.file(arguments[at]);
-                if !file.starts_with("/dev/loop") {
+                if !file.starts_with("/dev/loop") && file != "/dev/mapper/control" {
                     return None;
                 }
                 format!("{file} {:#x}", arguments[at + 1])
             }
             Closed(at) => {
                 let file = self.file(arguments[at]);
-                let is_kept = file.starts_with("/dev/loop") || file == "anon_inode:[fscontext]" || file == "/";
+                let is_kept = file.starts_with("/dev/loop")
+                    || file.starts_with("/dev/dm-")
+                    || file == "anon_inode:[fscontext]"
+                    || file == "/";
                 if !is_kept {
                     return None;
                 }

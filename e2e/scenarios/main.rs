@@ -14,6 +14,7 @@ mod operations;
 mod outage;
 mod story;
 mod strangers;
+mod verity;
 
 /// The NFS server's IPv4 address.
 fn server() -> String {

@@ -12,12 +12,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
+use super::device_mapper::{Verified, VerifiedDevice};
 use super::image::{Image, ImageIdentity};
-use super::loop_device::{Attached, LoopDevice, MAJOR, Reads, Tag};
+use super::loop_device::{Attached, LoopDevice, MAJOR, Purpose, Reads, Tag};
 use super::mount::{DetachedMount, MountAttrFlags, NewMount, open_directory};
 use super::mountinfo::MountInfo;
 use super::mountstats::NfsCounters;
 use super::transport::Transport;
+use super::verity::{RootHash, Tree, hexadecimal};
 use super::{Doing, Error, Kernel, Result, Subject, errno_of};
 use crate::lock::lock;
 
@@ -39,11 +41,13 @@ struct State {
     file_systems: u32,
     ignores_read_only: bool,
     merged_with: Option<(String, String)>,
+    is_corrupted: bool,
 }
 
 struct Loop {
     tag: Tag,
     identity: ImageIdentity,
+    purpose: Purpose,
     file: File,
     /// At its end when nobody has the device open.
     users: PipeReader,
@@ -104,6 +108,11 @@ impl Double {
     /// From now on each server passes for the one at this address, as NFS 4 servers do that say so, with versions that begin so.
     pub fn merge_with(&self, address: &str, version: &str) {
         lock(&self.state).merged_with = Some((address.to_owned(), format!("(nfs {version}")));
+    }
+
+    /// From now on something was read of each verified device that did not fit.
+    pub fn corrupt(&self) {
+        lock(&self.state).is_corrupted = true;
     }
 
     /// What is left in the driver's namespace: mounts, and mount points.
@@ -235,9 +244,10 @@ impl Kernel for Double {
         self.call(format!("set the read-ahead of {} to {kib}", mount.what()), Subject::Node)
     }
 
-    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice> {
+    fn loop_device(&self, image: &Image, purpose: Purpose, tag: &Tag) -> Result<LoopDevice> {
         let live = self.live_loop_devices();
-        let is_it = |device: &&Loop| device.tag == *tag && device.identity == image.identity;
+        let of = (image.identity, purpose);
+        let is_it = |device: &&Loop| device.tag == *tag && (device.identity, device.purpose) == of;
         if let Some((number, device)) = lock(&self.state).loop_devices.iter().find(|(_, device)| is_it(device)) {
             return Ok(LoopDevice::of_number(*number, device.open()?));
         }
@@ -245,9 +255,33 @@ impl Kernel for Double {
         let number = live.last().map_or(0, |last| last + 1);
         self.call(format!("loop{number}: an image of {} bytes", image.identity.size), Subject::Node)?;
         let file = image.file.try_clone().unwrap();
-        let device = Loop { tag: tag.clone(), identity: image.identity, file, users: reader };
+        let device = Loop { tag: tag.clone(), identity: image.identity, purpose, file, users: reader };
         lock(&self.state).loop_devices.insert(number, device);
         Ok(LoopDevice::of_number(number, writer.into()))
+    }
+
+    /// A device whose path ends with that of its loop device: see [`Kernel::mounts`].
+    fn verified_device(&self, device: &LoopDevice, size: u64, root: &RootHash, _: &Tag) -> Result<VerifiedDevice> {
+        let number = device.number();
+        self.call(format!("loop{number}: verified by {}", hexadecimal(&root[..4])), Subject::Image)?;
+        let file = lock(&self.state).loop_devices[&number].file.try_clone().unwrap();
+        Tree::find(&file, size)?;
+        let users = lock(&self.state).loop_devices[&number].open()?;
+        Ok(VerifiedDevice::of_path(format!("/dev/verified/dev/loop{number}").into(), users))
+    }
+
+    fn verified_devices(&self, _: &Tag) -> Result<Vec<Verified>> {
+        let live = self.live_loop_devices();
+        let state = lock(&self.state);
+        let devices = state
+            .loop_devices
+            .iter()
+            .filter(|(number, device)| live.contains(number) && device.purpose == Purpose::Verity);
+        Ok(devices.map(|(&loop_device, _)| Verified { loop_device, is_corrupted: state.is_corrupted }).collect())
+    }
+
+    fn sweep_verified(&self, _: &Tag) -> Result<()> {
+        Ok(())
     }
 
     fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()> {
@@ -264,9 +298,10 @@ impl Kernel for Double {
         let state = lock(&self.state);
         let devices = state.loop_devices.iter().filter(|(number, device)| live.contains(number) && device.tag == *tag);
         let describe = |(number, device): (&u32, &Loop)| {
-            let (identity, opened) = (device.identity, LoopDevice::of_number(*number, device.open()?));
+            let (identity, purpose) = (device.identity, device.purpose);
+            let opened = LoopDevice::of_number(*number, device.open()?);
             let backing_file = Some(path_of(device.file.as_fd()).display().to_string());
-            Ok(Attached { device: opened, identity, backing_file, reads: Reads::default() })
+            Ok(Attached { device: opened, identity, purpose, backing_file, reads: Reads::default() })
         };
         devices.map(describe).collect()
     }

@@ -5,13 +5,15 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
+use super::device_mapper::{self, Verified, VerifiedDevice};
 use super::image::Image;
-use super::loop_device::{self, Attached, LoopDevice, Tag};
+use super::loop_device::{self, Attached, LoopDevice, Purpose, Tag};
 use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 use super::mountinfo::{self, MountInfo};
 use super::mountstats::{self, NfsCounters};
 use super::namespace::PrivateNamespace;
 use super::transport::{self, Transport};
+use super::verity::RootHash;
 use super::{Doing, Kernel, Result, nfs, scratch};
 
 /// The kernel, and a mount namespace of this process's own in it.
@@ -72,8 +74,20 @@ impl Kernel for Linux {
         nfs::set_read_ahead(mount, kib)
     }
 
-    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice> {
-        LoopDevice::of(image, tag)
+    fn loop_device(&self, image: &Image, purpose: Purpose, tag: &Tag) -> Result<LoopDevice> {
+        LoopDevice::of(image, purpose, tag)
+    }
+
+    fn verified_device(&self, device: &LoopDevice, size: u64, root: &RootHash, tag: &Tag) -> Result<VerifiedDevice> {
+        VerifiedDevice::on(device, size, root, tag)
+    }
+
+    fn verified_devices(&self, tag: &Tag) -> Result<Vec<Verified>> {
+        device_mapper::list(tag)
+    }
+
+    fn sweep_verified(&self, tag: &Tag) -> Result<()> {
+        device_mapper::sweep(tag)
     }
 
     fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()> {

@@ -25,6 +25,17 @@ pub const MAJOR: u32 = 7;
 /// How long an attach is tried again when somebody else took the device, or the device node is not there yet.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// In the name of devices below another that verifies.
+const VERITY: &str = ":v";
+
+/// What stands on a device. Each claims it for itself: an image that is used both ways has two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    FileSystem,
+    /// A [`super::device_mapper::VerifiedDevice`].
+    Verity,
+}
+
 /// Whose device it is: the mark of one driver name in `lo_file_name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tag(String);
@@ -37,21 +48,34 @@ impl Tag {
         Tag(format!("csi-squashfs:{digest}"))
     }
 
-    /// The whole name: at most 55 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
-    fn name(&self, image: &ImageIdentity) -> String {
-        format!("{}:{:x}:{:x}", self.0, image.size, image.changed)
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 
-    fn read(&self, info: &loop_info64) -> Option<ImageIdentity> {
+    /// The whole name: at most 57 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
+    fn name(&self, image: &ImageIdentity, purpose: Purpose) -> String {
+        let purpose = match purpose {
+            Purpose::FileSystem => "",
+            Purpose::Verity => VERITY,
+        };
+        format!("{}:{:x}:{:x}{purpose}", self.0, image.size, image.changed)
+    }
+
+    fn read(&self, info: &loop_info64) -> Option<(ImageIdentity, Purpose)> {
         let name = info.lo_file_name.split(|&byte| byte == 0).next()?;
         let rest = std::str::from_utf8(name).ok()?.strip_prefix(&self.0)?.strip_prefix(':')?;
+        let (rest, purpose) = match rest.strip_suffix(VERITY) {
+            Some(rest) => (rest, Purpose::Verity),
+            None => (rest, Purpose::FileSystem),
+        };
         let (size, changed) = rest.split_once(':')?;
-        Some(ImageIdentity {
+        let identity = ImageIdentity {
             device: info.lo_device,
             inode: info.lo_inode,
             size: u64::from_str_radix(size, 16).ok()?,
             changed: u64::from_str_radix(changed, 16).ok()?,
-        })
+        };
+        Some((identity, purpose))
     }
 }
 
@@ -78,19 +102,19 @@ impl LoopDevice {
         LoopDevice { number, fd }
     }
 
-    /// The device of this image: the one that has it already, or a new one.
+    /// The device of this image for this purpose: the one that has it already, or a new one.
     ///
     /// Two threads must not call this for one image at a time, or it gets two devices.
-    pub fn of(image: &Image, tag: &Tag) -> Result<Self> {
+    pub fn of(image: &Image, purpose: Purpose, tag: &Tag) -> Result<Self> {
         for number in candidates()? {
-            if let Some((device, identity)) = inspect(number, tag)?
-                && identity == image.identity
+            if let Some((device, of)) = inspect(number, tag)?
+                && of == (image.identity, purpose)
             {
                 return Ok(device);
             }
         }
         let flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
-        Self::configure_free(&image.file, flags, &tag.name(&image.identity))
+        Self::configure_free(&image.file, flags, &tag.name(&image.identity, purpose))
     }
 
     /// A new device of a file that is written to through it. It carries no mark: nobody looks for it.
@@ -155,6 +179,7 @@ impl LoopDevice {
 pub struct Attached {
     pub device: LoopDevice,
     pub identity: ImageIdentity,
+    pub purpose: Purpose,
     /// The path of the image, relative to the root of the mount it was opened on.
     pub backing_file: Option<String>,
     pub reads: Reads,
@@ -172,9 +197,9 @@ pub struct Reads {
 pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
     let mut attached = Vec::new();
     for number in candidates()? {
-        if let Some((device, identity)) = inspect(number, tag)? {
+        if let Some((device, (identity, purpose))) = inspect(number, tag)? {
             let (backing_file, reads) = (backing_file(number), reads(number));
-            attached.push(Attached { device, identity, backing_file, reads });
+            attached.push(Attached { device, identity, purpose, backing_file, reads });
         }
     }
     attached.sort_by_key(|attached| attached.device.number);
@@ -195,7 +220,7 @@ fn reads(number: u32) -> Reads {
 }
 
 /// The device, if it is attached and ours.
-fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, ImageIdentity)>> {
+fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity, Purpose))>> {
     let fd = match open(number) {
         Ok(fd) => fd,
         // Let go of in the meantime.
@@ -215,7 +240,7 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, ImageIdentity)>
         tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
         return Ok(None);
     }
-    let ours = |identity| (LoopDevice { number, fd }, identity);
+    let ours = |of| (LoopDevice { number, fd }, of);
     Ok(tag.read(&info).map(ours))
 }
 
@@ -287,15 +312,17 @@ mod tests {
     fn the_largest_identity_fits_into_the_name_and_is_read_back() {
         let identity = ImageIdentity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
         let tag = Tag::new("squashfs.csi.dev");
-        let name = tag.name(&identity);
+        let name = tag.name(&identity, Purpose::Verity);
         assert!(name.len() < 64, "{name}");
-        assert_eq!(tag.read(&info(&name)), Some(identity));
+        assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::Verity)));
+        let name = tag.name(&identity, Purpose::FileSystem);
+        assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::FileSystem)));
     }
 
     #[test]
     fn a_foreign_device_is_not_ours() {
         let identity = ImageIdentity { device: 5, inode: 7, size: 1, changed: 2 };
-        let name = Tag::new("a.example.org").name(&identity);
+        let name = Tag::new("a.example.org").name(&identity, Purpose::FileSystem);
         assert_eq!(Tag::new("b.example.org").read(&info(&name)), None);
         for name in ["", "/var/lib/images/a.img", "csi-squashfs:", "csi-squashfs:00000000:x:y"] {
             assert_eq!(Tag::new("b.example.org").read(&info(name)), None, "{name}");

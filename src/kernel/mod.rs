@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code, reason = "system calls that no safe wrapper covers")]
 
+pub mod device_mapper;
 #[cfg(test)]
 pub mod double;
 mod error;
@@ -24,6 +25,7 @@ pub mod support;
 pub mod thread;
 pub mod tmpfs;
 pub mod transport;
+pub mod verity;
 
 pub use error::{Doing, Error, Result, Subject, errno_of};
 pub use linux::Linux;
@@ -31,12 +33,14 @@ pub use linux::Linux;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+use device_mapper::{Verified, VerifiedDevice};
 use image::Image;
-use loop_device::{Attached, LoopDevice, Tag};
+use loop_device::{Attached, LoopDevice, Purpose, Tag};
 use mount::{DetachedMount, MountAttrFlags, NewMount};
 use mountinfo::MountInfo;
 use mountstats::NfsCounters;
 use transport::Transport;
+use verity::RootHash;
 
 /// What takes root, and what only a kernel can show: a unit test puts a double here that writes down what it is asked.
 pub trait Kernel: Send + Sync {
@@ -62,7 +66,13 @@ pub trait Kernel: Send + Sync {
     /// Sets how many KiB are read ahead in the files of an NFS mount.
     fn set_read_ahead(&self, mount: &DetachedMount, kib: u32) -> Result<()>;
     /// The loop device of this image with this mark: the one that has it already, or a new one. One thread at a time for one image.
-    fn loop_device(&self, image: &Image, tag: &Tag) -> Result<LoopDevice>;
+    fn loop_device(&self, image: &Image, purpose: Purpose, tag: &Tag) -> Result<LoopDevice>;
+    /// What verifies an image of `size` bytes on a loop device of this purpose. See [`VerifiedDevice::on`].
+    fn verified_device(&self, device: &LoopDevice, size: u64, root: &RootHash, tag: &Tag) -> Result<VerifiedDevice>;
+    /// All of these with this mark. Asks no server.
+    fn verified_devices(&self, tag: &Tag) -> Result<Vec<Verified>>;
+    /// Removes those that a killed process left.
+    fn sweep_verified(&self, tag: &Tag) -> Result<()>;
     /// Puts a copy of the device's image in its place. See [`LoopDevice::change_backing`].
     fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()>;
     /// All loop devices with this mark, by number; each is held open while the answer lives.

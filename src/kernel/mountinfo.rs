@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags};
 
 use super::error::{Doing, Result};
+use super::{device_mapper, loop_device};
 
 /// One line of mountinfo; octal escapes are resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,18 @@ pub struct MountInfo {
     pub fs_type: String,
     pub source: String,
     pub super_options: String,
+}
+
+impl MountInfo {
+    /// The number of the loop device that is mounted, or that a device stands on which is.
+    pub fn loop_device(&self) -> Option<u32> {
+        match self.device {
+            (loop_device::MAJOR, number) => Some(number),
+            // Of no device, as NFS and overlay.
+            (0, _) => None,
+            device => device_mapper::loop_device_below(device),
+        }
+    }
 }
 
 /// The mounts that this process sees.

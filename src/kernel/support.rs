@@ -5,9 +5,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::error::{Doing, Error, Result};
-use super::loop_device;
 use super::mount::find_file_system;
 use super::namespace::PrivateNamespace;
+use super::{device_mapper, loop_device};
 
 /// The oldest release that has every system call that is used: mount_setattr(2) is the youngest.
 const OLDEST: (u32, u32) = (5, 12);
@@ -44,6 +44,8 @@ pub fn list() -> Vec<Support> {
         list.push(support(format!("file system {name}"), needed, found));
     }
     list.push(support("loop devices".into(), true, new_loop_device()));
+    let verity = device_mapper::version().map(|version| format!("dm-verity {version}"));
+    list.push(support("verified images".into(), false, verity));
     list
 }
 

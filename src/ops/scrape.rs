@@ -53,6 +53,9 @@ fn register_volumes(registry: &mut Registry, observation: &Observation) {
     register(registry, "unreadable_records", help, count(*unreadable_records));
     register(registry, "loop_devices", "Loop devices of this driver", count(loop_devices.len()));
     register(registry, "images", "Images that are attached", count(images.len()));
+    let corrupted = loop_devices.iter().filter(|device| device.corrupted).count();
+    let help = "Loop devices with an image that was read and has other bytes than its root hash says";
+    register(registry, "corrupted_images", help, count(corrupted));
     let read = Family::<Labels<2>, Counter>::default();
     for device in loop_devices {
         let image = device.image.clone().unwrap_or_default();

@@ -8,6 +8,7 @@ use super::{Attach, Device, Mount};
 /// The parameters, in either form.
 pub(super) const CACHE: &str = "cache";
 pub(super) const DIGEST: &str = "digest";
+pub(super) const VERITY: &str = "verity";
 
 /// Whether an image on an export is copied to the disk of each node that uses it, and read there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,16 +35,40 @@ pub struct Digest(pub [u8; 32]);
 impl Digest {
     /// Reads `sha256:` and 64 hexadecimal digits.
     pub fn parse(text: &str) -> Result<Digest, String> {
-        let digits = text.strip_prefix("sha256:").filter(|digits| digits.len() == 64 && digits.is_ascii());
-        let byte = |at: usize| u8::from_str_radix(digits?.get(2 * at..2 * at + 2)?, 16).ok();
-        let mut bytes = [0; 32];
-        for (at, place) in bytes.iter_mut().enumerate() {
-            let expected = || {
-                format!("{} is no digest: \"sha256:\" and 64 hexadecimal digits, as sha256sum prints them", quote(text))
-            };
-            *place = byte(at).ok_or_else(expected)?;
-        }
-        Ok(Digest(bytes))
+        let digest = text.strip_prefix("sha256:").and_then(hexadecimal).map(Digest);
+        digest.ok_or_else(|| {
+            format!("{} is no digest: \"sha256:\" and 64 hexadecimal digits, as sha256sum prints them", quote(text))
+        })
+    }
+}
+
+/// 64 hexadecimal digits.
+fn hexadecimal(digits: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if digits.len() != 64 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// The root hash of the tree behind an image, by which the kernel verifies each block of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Verity(pub [u8; 32]);
+
+impl Verity {
+    /// Reads 64 hexadecimal digits.
+    pub fn parse(text: &str) -> Result<Verity, String> {
+        let expected = || format!("{} is no root hash: 64 hexadecimal digits, as 'seal' prints them", quote(text));
+        hexadecimal(text).map(Verity).ok_or_else(expected)
+    }
+}
+
+impl fmt::Display for Verity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
@@ -54,25 +79,27 @@ impl fmt::Display for Digest {
     }
 }
 
-/// What a volume says of its copies, whatever the form of its mount.
+/// What a volume says of the bytes of its images, whatever the form of its mount.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Copies {
     pub cache: Option<Cache>,
     pub digest: Option<Digest>,
+    pub verity: Option<Verity>,
 }
 
 impl Copies {
-    pub fn parse(cache: Option<&str>, digest: Option<&str>) -> Result<Copies, SpecError> {
+    pub fn parse(cache: Option<&str>, digest: Option<&str>, verity: Option<&str>) -> Result<Copies, SpecError> {
         let invalid = |name| move |message: String| SpecError::invalid(name, "", message);
         let cache = cache.map(|text| Cache::parse(text.trim())).transpose().map_err(invalid(CACHE))?;
         let digest = digest.map(|text| Digest::parse(text.trim())).transpose().map_err(invalid(DIGEST))?;
+        let verity = verity.map(|text| Verity::parse(text.trim())).transpose().map_err(invalid(VERITY))?;
         if digest.is_some() && cache == Some(Cache::None) {
             let message =
                 "is checked where the image is copied, and \"cache: none\" says not to: leave one of them out";
             return Err(SpecError::invalid(DIGEST, "", message));
         }
         // Nobody names the bytes of an image to have them looked at or not.
-        Ok(Copies { cache: cache.or(digest.map(|_| Cache::Node)), digest })
+        Ok(Copies { cache: cache.or(digest.map(|_| Cache::Node)), digest, verity })
     }
 
     /// Applies it to the images of a mount that lie on exports.
@@ -83,15 +110,16 @@ impl Copies {
                 && image.base.export().is_some()
             {
                 images += 1;
-                (image.cache, image.digest) = (self.cache, self.digest);
+                (image.cache, image.digest, image.verity) = (self.cache, self.digest, self.verity);
             }
         });
-        match (self.digest, images) {
-            (None, _) | (Some(_), 1) => Ok(()),
-            (Some(_), _) => {
+        let of_one = [(DIGEST, self.digest.is_some()), (VERITY, self.verity.is_some())];
+        match of_one.into_iter().find(|(_, is_given)| *is_given) {
+            Some((name, _)) if images != 1 => {
                 let message = format!("is that of one image on an export, and the volume has {images}");
-                Err(SpecError::invalid(DIGEST, "", message))
+                Err(SpecError::invalid(name, "", message))
             }
+            _ => Ok(()),
         }
     }
 }

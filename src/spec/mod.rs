@@ -26,7 +26,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use copies::{Cache, Digest};
+pub use copies::{Cache, Digest, Verity};
 pub use error::SpecError;
 pub use parsed::{Allowed, Parsed};
 
@@ -202,13 +202,15 @@ pub struct Loopback {
     pub cache: Option<Cache>,
     /// What its bytes must be.
     pub digest: Option<Digest>,
+    /// By what the kernel verifies them.
+    pub verity: Option<Verity>,
     pub base: Base,
 }
 
 impl Loopback {
     /// One that says no more of the file than where it is.
     pub fn new(path: String, base: Base) -> Loopback {
-        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, base }
+        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, verity: None, base }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::copies::{CACHE, Copies, DIGEST};
+use super::copies::{CACHE, Copies, DIGEST, VERITY};
 use super::error::{SpecError, unknown};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
@@ -31,6 +31,7 @@ pub(super) const KNOWN: &[&str] = &[
     SYMLINKS,
     CACHE,
     DIGEST,
+    VERITY,
     mount_options::PARAMETER,
 ];
 
@@ -43,7 +44,8 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
-/// (`node` or `none`) whether its images are copied to the node; and `digest` what the one image is, as `sha256:` and its sum.
+/// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; and `verity` the root
+/// hash by which the kernel verifies it.
 ///
 /// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
 /// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.
@@ -60,7 +62,8 @@ pub fn parse_attributes<'a>(
         Some(REFUSE) => Symlinks::Refuse,
         Some(other) => return Err(invalid(SYMLINKS, unknown("value", other, &["follow", REFUSE]))),
     };
-    let copies = Copies::parse(attributes.remove(CACHE).as_deref(), attributes.remove(DIGEST).as_deref())?;
+    let [cache, digest, verity] = [CACHE, DIGEST, VERITY].map(|name| attributes.remove(name));
+    let copies = Copies::parse(cache.as_deref(), digest.as_deref(), verity.as_deref())?;
     let parsed = match (attributes.remove(MOUNT_SPEC), attributes.keys().next()) {
         (None, _) => flat(&attributes, &mount_options),
         (Some(_), Some(key)) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),

@@ -19,6 +19,8 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                     let file = beneath(steps, &loopback.base, &loopback.path);
                     steps.push(format!("open {file}"));
                     steps.push("attach it read-only to a loop device".to_owned());
+                    steps
+                        .extend(loopback.verity.map(|root| format!("verify each block of it by the root hash {root}")));
                 }
                 Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
             }

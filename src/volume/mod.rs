@@ -300,13 +300,14 @@ impl Volumes {
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves
     /// a node, before it does.
     pub fn sweep(&self) {
-        let (records, kernel) = (self.records.clone(), Arc::clone(&self.kernel));
+        let (records, kernel, tag) = (self.records.clone(), Arc::clone(&self.kernel), self.mark.tag().clone());
         tokio::spawn(async move {
             let sweep = move || {
                 records
                     .empty_trash()
                     .map_err(|error| Error::new(Kind::Internal, format!("empty the trash: {error}")))?;
-                records.sweep(&*kernel)
+                records.sweep(&*kernel)?;
+                kernel.sweep_verified(&tag).map_err(Error::from)
             };
             if let Err(error) = blocking::run("sweep", sweep).await {
                 tracing::error!(%error, "sweep");

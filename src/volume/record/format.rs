@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks};
 
 /// What is written.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -97,6 +97,9 @@ pub struct Loopback {
     cache: Option<Cache>,
     #[serde(default)]
     digest: Option<String>,
+    /// From version 4 on.
+    #[serde(default)]
+    verity: Option<String>,
     base: Base,
     /// What the image was when it was attached.
     #[serde(default)]
@@ -214,6 +217,7 @@ impl Mount {
                             spec::Cache::None => Cache::None,
                         }),
                         digest: image.digest.map(|digest| digest.to_string()),
+                        verity: image.verity.map(|verity| verity.to_string()),
                         base: Base::of(&image.base, images),
                         content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
                             let Content { inode, size, modified } = *content;
@@ -279,14 +283,15 @@ impl Mount {
                 no_exec,
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
-                    Device::Loopback(Loopback { path, refuse_symlinks, cache, digest, base, content }) => {
+                    Device::Loopback(Loopback { path, refuse_symlinks, cache, digest, verity, base, content }) => {
                         let cache = cache.map(|cache| match cache {
                             Cache::Node => spec::Cache::Node,
                             Cache::None => spec::Cache::None,
                         });
                         let digest = digest.map(|digest| spec::Digest::parse(&digest)).transpose()?;
+                        let verity = verity.map(|verity| spec::Verity::parse(&verity)).transpose()?;
                         let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
-                        let image = spec::Loopback { path, symlinks, cache, digest, base };
+                        let image = spec::Loopback { path, symlinks, cache, digest, verity, base };
                         if let Some(Image { inode, size, modified }) = content {
                             images.push((image.clone(), Content { inode, size, modified }));
                         }

@@ -25,6 +25,9 @@ const LONG: Duration = Duration::from_secs(20);
 const HANGS: &str = "is well where its server is now, and reads of it get no answer: if the server has moved, tell this node by \
                      'csi-driver-squashfs move OLD NEW'";
 
+const CORRUPTED: &str = "has other bytes than its root hash says, where it was read: who reads them gets errors. Put the image back, or \
+                         look after the disk of its copy, and delete the pods";
+
 /// What images are now, and when that was asked.
 type Answers = HashMap<Loopback, (Instant, Result<Content>)>;
 
@@ -50,6 +53,9 @@ impl Conditions {
             if let Some(export) = image.base.export() {
                 if let Err(error) = self.preparer.check_digest(image, *attached).await {
                     return Some(format!("image {} is not the one that is wanted: {error}", image.path));
+                }
+                if self.preparer.is_corrupted(image, *attached).await.unwrap_or_default() {
+                    return Some(format!("image {} of {export} {CORRUPTED}", image.path));
                 }
                 let now = self.look_at(image).await;
                 if now.as_ref().is_ok_and(|now| now == attached) {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::waiting::{self, Told, Waiting};
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
+use crate::kernel::device_mapper::{self, Verified};
 use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
@@ -78,6 +79,9 @@ pub struct Loop {
     pub image: Option<String>,
     /// It is read from a copy on this node.
     pub local: bool,
+    /// The kernel verifies each block of it, and of some that were read it found that they do not fit.
+    pub verified: bool,
+    pub corrupted: bool,
     pub size: u64,
     /// How much was read from it since it was attached.
     pub read_bytes: u64,
@@ -89,8 +93,9 @@ pub struct Loop {
 pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Status> {
     let List { records, unreadable } = record::list(data_dir)?;
     let volumes = volumes(&records, &mountinfo::read()?);
-    let loop_devices =
-        loop_devices(loop_device::list(Mark::new(driver_name).tag())?, &volumes, &by_hand::list(cache_dir)?);
+    let mark = Mark::new(driver_name);
+    let (attached, verified) = (loop_device::list(mark.tag())?, device_mapper::list(mark.tag())?);
+    let loop_devices = loop_devices(attached, &verified, &volumes, &by_hand::list(cache_dir)?);
     // A driver that does not answer is no reason to say nothing of what it has.
     let (Told { waiting, copies }, silent) = match waiting::ask(data_dir) {
         Ok(told) => (told, None),
@@ -119,7 +124,12 @@ pub fn volumes(records: &[Record], mounts: &[MountInfo]) -> Vec<PublishedVolume>
 }
 
 /// The driver's loop devices, and how many of `volumes` stand on each; some of them stand on `copies`.
-pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume], copies: &[Entry]) -> Vec<Loop> {
+pub fn loop_devices(
+    attached: Vec<Attached>,
+    verified: &[Verified],
+    volumes: &[PublishedVolume],
+    copies: &[Entry],
+) -> Vec<Loop> {
     let describe = |attached: Attached| {
         let number = attached.device.number();
         let copy = copies.iter().find(|copy| stands_on(&attached, &copy.original.id()));
@@ -127,6 +137,8 @@ pub fn loop_devices(attached: Vec<Attached>, volumes: &[PublishedVolume], copies
         Loop {
             number,
             local: image.is_some(),
+            verified: attached.purpose == loop_device::Purpose::Verity,
+            corrupted: verified.iter().any(|it| it.is_corrupted && it.loop_device == number),
             image: image.or(attached.backing_file.map(|path| without_nfs_directory(&path).to_owned())),
             size: attached.identity.size,
             read_bytes: attached.reads.bytes,
@@ -164,11 +176,16 @@ impl fmt::Display for Status {
             }
         }
         for device in &self.loop_devices {
-            let Loop { number, image, local, size, read_bytes, published } = device;
+            let Loop { number, image, local, verified, corrupted, size, read_bytes, published } = device;
             let (image, copy) = (image.as_deref().unwrap_or("?"), if *local { " (a copy on this node)" } else { "" });
+            let verified = match (verified, corrupted) {
+                (_, true) => ", verified: other bytes than the root hash says",
+                (true, false) => ", verified",
+                (false, false) => "",
+            };
             writeln!(
                 f,
-                "/dev/loop{number}: image {image}{copy}, {size} bytes, {read_bytes} read, {published} published"
+                "/dev/loop{number}: image {image}{copy}{verified}, {size} bytes, {read_bytes} read, {published} published"
             )?;
         }
         for UnderWay { image, size, copied, failed } in &self.copies {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::prepare::{Images, Preparer};
-use super::prepared::{ImageOnLoop, Origin, Prepared, PreparedBase};
+use super::prepared::{ImageKey, ImageOnLoop, Origin, Prepared, PreparedBase};
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::file_system::FileSystem;
@@ -163,6 +163,27 @@ impl Preparer {
         blocking::run("look at the loop devices", look).await
     }
 
+    /// Whether the kernel has read something of this image that did not fit its root hash. Asks no server.
+    pub async fn is_corrupted(&self, image: &Loopback, content: Content) -> Result<bool> {
+        let (Some(name), Some(_)) = (Name::of(image), image.verity) else { return Ok(false) };
+        let mut copies = self.cache.copies_of(&name).await?;
+        copies.retain(|copy| copy.original.content() == content);
+        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
+        let look = move || {
+            let verified = kernel.verified_devices(mark.tag())?;
+            let is_it = |device: &Attached| {
+                let ImageIdentity { inode, size, .. } = device.identity;
+                (inode, size) == (content.inode, content.size)
+                    || copies.iter().any(|copy| stands_on(device, &copy.original.id()))
+            };
+            let is_corrupted = |device: &Attached| {
+                verified.iter().any(|it| it.is_corrupted && it.loop_device == device.device.number())
+            };
+            Ok::<_, kernel::Error>(kernel.loop_devices(mark.tag())?.iter().any(|it| is_it(it) && is_corrupted(it)))
+        };
+        blocking::run("look at the verified devices", look).await
+    }
+
     /// Whether an image with this content is read from this node, whatever its server does. Asks no server.
     pub async fn is_local(&self, image: &Loopback, content: Content) -> Result<bool> {
         let Some(name) = Name::of(image) else { return Ok(false) };
@@ -220,8 +241,8 @@ impl Mover {
                 Ok::<_, kernel::Error>(())
             };
             run_at(base.places(), "move a loop device to a copy", work).await?;
-            self.images.alias(&from, to);
-            if let Some(attached) = self.images.find(&to) {
+            let moved = |key: &ImageKey| (key.identity == from).then_some(ImageKey { identity: to, ..*key });
+            for attached in self.images.alias(moved) {
                 attached.is_local_now();
             }
             Ok::<_, Error>(())

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::kernel::loop_device::{self, Tag};
+use crate::kernel::loop_device::Tag;
 use crate::kernel::mountinfo::MountInfo;
 
 /// The mark of one driver name: two drivers on a node differ in it.
@@ -31,9 +31,9 @@ impl Mark {
     /// Whether the mount table shows a mount that the driver made of an overlay or of one of its `loop_devices`. A directory or an export
     /// carries no mark.
     pub fn is_on(&self, mount: &MountInfo, loop_devices: &[u32]) -> bool {
-        match mount.device {
-            (loop_device::MAJOR, number) => loop_devices.contains(&number),
-            _ => mount.fs_type == "overlay" && *mount.source == *self.driver_name,
+        match mount.loop_device() {
+            Some(number) => loop_devices.contains(&number),
+            None => mount.fs_type == "overlay" && *mount.source == *self.driver_name,
         }
     }
 }
@@ -63,8 +63,8 @@ pub fn layer_name(index: usize, layer: Layer) -> String {
 
 /// The loop devices below a mount: the one that is mounted, or those that an overlay's layers name; uppermost first.
 pub fn loop_devices_of(mount: &MountInfo) -> Vec<u32> {
-    if mount.device.0 == loop_device::MAJOR {
-        return vec![mount.device.1];
+    if let Some(number) = mount.loop_device() {
+        return vec![number];
     }
     let options = mount.super_options.split(',');
     let layers = options.filter_map(|option| option.strip_prefix("lowerdir=").or(option.strip_prefix("lowerdir+=")));

@@ -10,12 +10,12 @@ use rustix::io::Errno;
 use super::build::build;
 use super::exports::Exports;
 use super::mark::Mark;
-use super::prepared::{AttachedImage, BlockDevice, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
+use super::prepared::{AttachedImage, BlockDevice, ImageKey, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
 use crate::blocking::{self, OffThread, measured};
 use crate::error::Result;
 use crate::kernel::file_system::FileSystem;
-use crate::kernel::image::{Content, Image, ImageIdentity};
+use crate::kernel::image::{Content, Image};
 use crate::kernel::loop_device::Attached;
 use crate::kernel::mount::{DetachedMount, Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
@@ -28,7 +28,7 @@ use crate::volume::cache::{Cache, stands_on};
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
 /// The images that are attached, by what the kernel says of their files.
-pub(super) type Images = Shared<ImageIdentity, OffThread<AttachedImage>>;
+pub(super) type Images = Shared<ImageKey, OffThread<AttachedImage>>;
 
 /// Makes what is not there yet and finds what is.
 pub struct Preparer {
@@ -214,19 +214,20 @@ impl Preparer {
             Origin::Earlier(places) => Some(places.clone()),
             Origin::Copy => None,
         };
-        let (name, identity) = (of_base(spec, Some(file_system)), image.identity);
+        let name = of_base(spec, Some(file_system));
+        let key = ImageKey { identity: image.identity, verity: spec.verity };
         let (kernel, mark, step) = (Arc::clone(&self.kernel), self.mark.clone(), format!("attach image {name}"));
         let attach = move || {
-            let device = measured("loop", || kernel.loop_device(&image, mark.tag()))?;
-            let mount = measured(file_system.name(), || kernel.mount(file_system.on(&device.path(), false)))?;
-            Ok::<_, kernel::Error>(OffThread::new(AttachedImage::new(identity, mount, device, origin)))
+            let device = measured("loop", || kernel.loop_device(&image, key.purpose(), mark.tag()))?;
+            let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
+            Ok::<_, kernel::Error>(OffThread::new(attached))
         };
         let admitted = self.exports.admit(&step).await;
         let make = async move {
             let _admitted = admitted;
             run_at(places, step, attach).await
         };
-        let attached = self.images.get(&identity, make).await;
+        let attached = self.images.get(&key, make).await;
         attached.map_err(|error| error.about(&format!("image {name}")))
     }
 
@@ -236,7 +237,8 @@ impl Preparer {
         known: &Known,
         file_system: FileSystem,
     ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
-        if let Some(attached) = self.images.find(&known.identity) {
+        let key = ImageKey { identity: known.identity, verity: known.image.verity };
+        if let Some(attached) = self.images.find(&key) {
             return Ok(Some(attached));
         }
         // It may have been moved there since it was written down.
@@ -245,18 +247,21 @@ impl Preparer {
         let unknown = self.exports.places_of_unknown();
         let look = move || {
             let is_copy = |attached: &Attached| copy.as_deref().is_some_and(|copy| stands_on(attached, copy));
-            let is_it = |attached: &Attached| attached.identity == identity || is_copy(attached);
+            let is_it = |attached: &Attached| {
+                attached.purpose == key.purpose() && (attached.identity == identity || is_copy(attached))
+            };
             let Some(attached) = kernel.loop_devices(mark.tag())?.into_iter().find(is_it) else { return Ok(None) };
-            // Its superblock is there: nothing is read.
-            let mount = kernel.mount(file_system.on(&attached.device.path(), false))?;
             let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
             let Attached { device, identity, .. } = attached;
-            Ok::<_, kernel::Error>(Some(OffThread::new(AttachedImage::new(identity, mount, device, origin))))
+            // Its superblock is there: nothing is read.
+            let attached =
+                AttachedImage::new(&*kernel, ImageKey { identity, ..key }, device, file_system, &mark, origin)?;
+            Ok::<_, kernel::Error>(Some(OffThread::new(attached)))
         };
         match blocking::run("look for the image on a loop device", look).await? {
             Some(attached) => {
-                let identity = attached.identity;
-                Ok(Some(self.images.get(&identity, async { Ok(attached) }).await?))
+                let key = ImageKey { identity: attached.identity, ..key };
+                Ok(Some(self.images.get(&key, async { Ok(attached) }).await?))
             }
             None => Ok(None),
         }

@@ -4,18 +4,19 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use super::mark::Layer;
+use super::mark::{Layer, Mark};
 use super::nfs_mount::NfsMount;
-use crate::blocking::OffThread;
+use crate::blocking::{OffThread, measured};
 use crate::error::Result;
-use crate::kernel::Subject;
+use crate::kernel::device_mapper::VerifiedDevice;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, ImageIdentity};
-use crate::kernel::loop_device::LoopDevice;
+use crate::kernel::loop_device::{LoopDevice, Purpose};
 use crate::kernel::mount::{DetachedMount, Symlinks};
+use crate::kernel::{self, Kernel, Subject};
 use crate::lock::lock;
 use crate::places::Places;
-use crate::spec::Loopback;
+use crate::spec::{Loopback, Verity};
 
 /// A mount whose parts are held until this is dropped.
 #[derive(Clone)]
@@ -79,19 +80,53 @@ pub struct Known {
     pub identity: ImageIdentity,
 }
 
+/// Which image is attached, and how: one that is verified shares nothing with one that is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ImageKey {
+    pub identity: ImageIdentity,
+    pub verity: Option<Verity>,
+}
+
+impl ImageKey {
+    /// What the loop device of the image is for.
+    pub fn purpose(&self) -> Purpose {
+        if self.verity.is_some() { Purpose::Verity } else { Purpose::FileSystem }
+    }
+}
+
 /// An image on its loop device, and its file system mounted, attached nowhere: the superblock is read while its server answers,
 /// and each further mount of it asks nobody.
 pub struct AttachedImage {
     pub identity: ImageIdentity,
-    // Dropped before the device that it stands on.
+    // Each is dropped before what it stands on.
     _mount: DetachedMount,
+    verified: Option<VerifiedDevice>,
     pub device: LoopDevice,
     origin: Mutex<Origin>,
 }
 
 impl AttachedImage {
-    pub fn new(identity: ImageIdentity, mount: DetachedMount, device: LoopDevice, origin: Origin) -> Self {
-        AttachedImage { identity, _mount: mount, device, origin: Mutex::new(origin) }
+    /// Finds or makes what verifies the device, and mounts its file system. May wait for the image's server where that is not mounted yet.
+    pub fn new(
+        kernel: &dyn Kernel,
+        key: ImageKey,
+        device: LoopDevice,
+        file_system: FileSystem,
+        mark: &Mark,
+        origin: Origin,
+    ) -> kernel::Result<Self> {
+        let ImageKey { identity, verity } = key;
+        let verify =
+            |root: Verity| measured("verity", || kernel.verified_device(&device, identity.size, &root.0, mark.tag()));
+        let verified = verity.map(verify).transpose()?;
+        let path = path_of(verified.as_ref(), &device);
+        let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;
+        Ok(AttachedImage { identity, _mount: mount, verified, device, origin: Mutex::new(origin) })
+    }
+
+    /// The device that is mounted.
+    pub fn path(&self) -> PathBuf {
+        path_of(self.verified.as_ref(), &self.device)
     }
 
     /// From now on it is read from this node: lets go of what it came from.
@@ -99,6 +134,10 @@ impl AttachedImage {
         let before = std::mem::replace(&mut *lock(&self.origin), Origin::Copy);
         drop(before);
     }
+}
+
+fn path_of(verified: Option<&VerifiedDevice>, device: &LoopDevice) -> PathBuf {
+    verified.map_or_else(|| device.path(), |verified| verified.path().to_owned())
 }
 
 #[derive(Clone)]
@@ -110,7 +149,7 @@ pub enum PreparedBase {
 impl BlockDevice {
     pub fn path(&self) -> PathBuf {
         match self {
-            BlockDevice::Loop(image) => image.attached.device.path(),
+            BlockDevice::Loop(image) => image.attached.path(),
             BlockDevice::Local(path) => path.clone(),
         }
     }

@@ -30,12 +30,13 @@ where
         find(&self.live, key)
     }
 
-    /// From now on the object of this key, if anybody uses it, is that of another key as well.
-    pub fn alias(&self, key: &K, other: K) {
+    /// From now on each object for which `other` has another key has that as well; returns these objects.
+    pub fn alias(&self, other: impl Fn(&K) -> Option<K>) -> Vec<Arc<V>> {
         let mut live = lock(&self.live);
-        if let Some(object) = live.get(key).filter(|object| object.strong_count() > 0).cloned() {
-            live.insert(other, object);
-        }
+        let named = |(key, object): (&K, &Weak<V>)| Some((other(key)?, object.upgrade()?));
+        let aliases: Vec<_> = live.iter().filter_map(named).collect();
+        live.extend(aliases.iter().map(|(key, object)| (key.clone(), Arc::downgrade(object))));
+        aliases.into_iter().map(|(_, object)| object).collect()
     }
 
     /// Who asks for this key from now on gets another object than this one.
@@ -87,9 +88,10 @@ mod tests {
     async fn an_object_in_use_has_two_keys_where_somebody_says_so() {
         let shared = Shared::default();
         let one = shared.get(&"a", async { Ok(1) }).await.unwrap();
-        shared.alias(&"a", "b");
-        shared.alias(&"c", "d");
-        assert!(Arc::ptr_eq(&one, &shared.find(&"b").unwrap()));
+        let named = shared.alias(|key| (*key == "a").then_some("b"));
+        assert!(shared.alias(|key| (*key == "c").then_some("d")).is_empty());
+        assert!(Arc::ptr_eq(&one, &shared.find(&"b").unwrap()) && Arc::ptr_eq(&one, &named[0]));
+        drop(named);
         assert!(shared.find(&"d").is_none());
         drop(one);
         assert!(shared.find(&"b").is_none());

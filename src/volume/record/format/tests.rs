@@ -61,10 +61,16 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let copied = BTreeMap::from(copied.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let copied = parse_attributes(&copied, &[]).unwrap().mount().clone();
     let copied = Record { mount: copied, images: Vec::new(), ..record("copied", seed) };
-    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3)]);
+    let verified =
+        [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("verity", &digest["sha256:".len()..])];
+    let verified = BTreeMap::from(verified.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let verified = parse_attributes(&verified, &[]).unwrap().mount().clone();
+    let verified = Record { mount: verified, images: Vec::new(), ..record("verified", seed) };
+    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4)]);
     let mut volumes = BTreeMap::from([
         ("claim", Record { images: Vec::new(), ..claim }),
         ("copied", copied),
+        ("verified", verified),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
@@ -121,10 +127,10 @@ fn what_is_written_is_the_present_version() {
 
 #[test]
 fn of_a_record_that_cannot_be_read_volume_and_target_are_told() {
-    let newer = br#"{"version": 4, "volumeId": "v", "target": "/t", "mount": "?"}"#;
+    let newer = br#"{"version": 5, "volumeId": "v", "target": "/t", "mount": "?"}"#;
     let failure = read(newer).unwrap_err();
     assert_eq!((failure.head.volume_id.as_deref(), failure.head.target), (Some("v"), Some("/t".into())));
-    assert!(failure.why.contains("version 4, and this driver reads up to 3"), "{}", failure.why);
+    assert!(failure.why.contains("version 5, and this driver reads up to 4"), "{}", failure.why);
     let spoilt = br#"{"version": 1, "volumeId": "v", "target": "/t", "readOnly": false, "mount": {"Ufo": {}}}"#;
     assert_eq!(read(spoilt).unwrap_err().head.volume_id.as_deref(), Some("v"));
     for text in ["", "{", "[]", "null", "{\"version\": -1}"] {

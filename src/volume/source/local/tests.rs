@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use crate::error::Kind;
+use crate::kernel::verity;
 use crate::spec::Allowed;
 use crate::spec::parameters::parse_attributes;
 use crate::volume::Publication;
@@ -217,4 +218,39 @@ async fn a_copy_that_somebody_cut_is_thrown_away_and_made_again() {
     publish(&node, NODE, "b").await.unwrap();
     moved(&node).await;
     assert_eq!(std::fs::metadata(path).unwrap().len(), 4096);
+}
+
+#[tokio::test]
+async fn an_image_that_is_verified_shares_no_device_with_the_same_one_that_is_not_and_both_are_moved_to_the_copy() {
+    let node = Node::new().await;
+    let image = std::fs::File::options().read(true).write(true).open(node.kernel.export().join("image.sqsh")).unwrap();
+    let root = verity::hexadecimal(&verity::seal(&image).unwrap());
+    let verified: &[(&str, &str)] = &[("verity", &root)];
+    for (parameters, pod) in [(verified, "a"), (verified, "b"), (&[], "c")] {
+        publish(&node, parameters, pod).await.unwrap();
+    }
+    let log = node.log();
+    let of = |what: &str| log.iter().filter(|call| call.contains(what)).count();
+    assert_eq!((of("an image of"), of("verified by"), of("source=/dev/loop1")), (2, 1, 2), "{log:#?}");
+    assert_eq!(condition(&node, "a").await, None);
+    publish(&node, &[("verity", &root), ("cache", "node")], "d").await.unwrap();
+    node.wait_for_calls("loop", 2).await;
+    assert_eq!(node.kernel.live_loop_devices(), [0, 1]);
+    node.kernel.corrupt();
+    let abnormal = condition(&node, "b").await.unwrap();
+    assert!(abnormal.contains("other bytes than its root hash says"), "{abnormal}");
+    assert_eq!(condition(&node, "c").await, None);
+    for pod in ["a", "b", "c", "d"] {
+        unpublish(&node, pod).await;
+    }
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn an_image_without_a_hash_tree_is_refused_where_its_volume_names_a_root_hash() {
+    let node = Node::new().await;
+    let error = publish(&node, &[("verity", &"0".repeat(64))], "a").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition);
+    assert!(error.message.contains("see 'seal'"), "{error}");
+    node.assert_nothing_held().await;
 }
