@@ -151,9 +151,9 @@ pub fn loop_device_below(device: (u32, u32)) -> Option<u32> {
     name.strip_prefix("loop")?.parse().ok()
 }
 
-/// `csi-squashfs-0123abcd-loop3-0123456789abcdef`.
+/// `csi-squashfs-0123abcd-loop3-ROOT`, at most 103 bytes: all of the root hash, so that no device passes for that of another.
 fn name(loop_device: u32, root: &RootHash, tag: &Tag) -> String {
-    format!("{}{loop_device}-{}", prefix(tag), hexadecimal(&root[..8]))
+    format!("{}{loop_device}-{}", prefix(tag), hexadecimal(root))
 }
 
 fn prefix(tag: &Tag) -> String {
@@ -342,7 +342,7 @@ mod tests {
     fn a_device_is_known_by_the_mark_in_its_name() {
         let (mine, other) = (Tag::new("a.csi.dev"), Tag::new("b.csi.dev"));
         let name = name(12, &[0xab; 32], &mine);
-        assert!(name.ends_with("-loop12-abababababababab") && name.len() < NAME_LENGTH);
+        assert!(name.ends_with(&format!("-loop12-{}", "ab".repeat(32))) && name.len() < NAME_LENGTH);
         assert_eq!((loop_device_of(&name, &mine), loop_device_of(&name, &other)), (Some(12), None));
     }
 

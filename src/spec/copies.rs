@@ -104,15 +104,21 @@ impl Copies {
 
     /// Applies it to the images of a mount that lie on exports.
     pub fn apply(self, mount: &mut Mount) -> Result<(), SpecError> {
-        let mut images = 0;
+        let (mut images, mut other) = (0, None);
         mount.visit_mut(&mut |mount| {
             if let Mount::Attach(Attach { device: Device::Loopback(image), .. }) = mount
                 && image.base.export().is_some()
             {
                 images += 1;
-                (image.cache, image.digest, image.verity) = (self.cache, self.digest, self.verity);
+                (image.cache, image.digest) = (self.cache, self.digest);
+                if let Some(root) = self.verity {
+                    other = image.verity.replace(root).filter(|before| *before != root).or(other);
+                }
             }
         });
+        if let Some(other) = other {
+            return Err(SpecError::invalid(VERITY, "", format!("contradicts that of \"mountSpec\", {other}")));
+        }
         let of_one = [(DIGEST, self.digest.is_some()), (VERITY, self.verity.is_some())];
         match of_one.into_iter().find(|(_, is_given)| *is_given) {
             Some((name, _)) if images != 1 => {

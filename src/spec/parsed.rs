@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use super::copies::Copies;
+use super::copies::{Copies, VERITY};
 use super::error::SpecError;
 use super::policy::Policy;
 use super::{MOUNT_SPEC, Mount, Symlinks};
@@ -90,6 +90,7 @@ fn flat_parameter(pointer: &str) -> &'static str {
         ("/nfs/path", "share"),
         ("/nfs/version", "nfsVersion"),
         ("/fs_type", "fsType"),
+        ("/loopback/verity", VERITY),
         ("/upper/kind", "overlay"),
         ("/upper/size", "overlaySize"),
     ] {

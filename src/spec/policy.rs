@@ -48,6 +48,7 @@ pub struct Policy {
     nfs_limits: Limits,
     writable_exports: bool,
     node_cache: bool,
+    require_verity: bool,
     writable_layers: WritableLayers,
     namespaces: Vec<Namespaces>,
 }
@@ -83,6 +84,7 @@ impl Default for Policy {
             nfs_limits: Limits::new(),
             writable_exports: true,
             node_cache: true,
+            require_verity: false,
             writable_layers: WritableLayers::default(),
             namespaces: Vec::new(),
         }
@@ -213,6 +215,12 @@ impl Policy {
             Device::Local { path } => self.local_devices.check(&format!("{at}/attach/local/path"), path),
             Device::Loopback(Loopback { base: Base::Root, path, .. }) => {
                 self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))
+            }
+            Device::Loopback(image)
+                if self.require_verity && image.verity.is_none() && image.base.export().is_some() =>
+            {
+                let message = "the policy wants the root hash of each image, which 'seal' prints";
+                Err(SpecError::denied(MOUNT_SPEC, &format!("{at}/attach/loopback/verity"), message))
             }
             Device::Loopback(Loopback { base: Base::Mount(_), .. }) => Ok(()),
         }

@@ -121,6 +121,9 @@ pub(super) struct Loopback {
     #[serde(default, rename = "readPartitions")]
     #[schemars(extend("const" = false))]
     pub read_partitions: bool,
+    /// The root hash of the image's hash tree, by which the kernel verifies each block of it.
+    #[schemars(with = "Option<String>", extend("pattern" = "^[0-9a-fA-F]{64}$"))]
+    pub verity: Option<String>,
 }
 
 /// Where a path starts: in another mount, or at the root directory of the node (which the admin's policy must allow).

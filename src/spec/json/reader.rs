@@ -6,7 +6,7 @@ use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
     Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks,
-    Upper, options, quantity, text,
+    Upper, Verity, options, quantity, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -106,7 +106,8 @@ impl<'a> Reader<'a> {
         if path.is_empty() {
             return Err(invalid(at, "/path", "names no file: the path of the image below the base"));
         }
-        Ok(Loopback::new(path, self.base(at, wire.base, wire.mount, depth)?))
+        let verity = wire.verity.map(|root| Verity::parse(&root)).transpose().map_err(wrong(at, "/verity"))?;
+        Ok(Loopback { verity, ..Loopback::new(path, self.base(at, wire.base, wire.mount, depth)?) })
     }
 
     fn bind(&mut self, at: &str, Object(wire): Object<wire::MountBind>, depth: usize) -> Result<Bind, SpecError> {

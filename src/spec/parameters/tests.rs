@@ -148,3 +148,31 @@ fn a_denial_names_the_flat_parameter() {
     }
     flat_with(&[("fsType", "erofs")], &[]).unwrap().allowed_by(&policy, None).unwrap();
 }
+
+#[test]
+fn the_root_hash_is_that_of_one_image_or_stands_in_the_spec_and_no_two_contradict() {
+    let root = |letter: &str| letter.repeat(64);
+    let of = |parsed: Parsed| {
+        parsed.mount().images().iter().map(|image| image.verity.map(|it| it.to_string())).collect::<Vec<_>>()
+    };
+    let parse = |attributes: &[(&str, &str)]| read(attributes, &[]);
+    let flat = |verity: &str| flat_with(&[("verity", verity)], &[]);
+    assert_eq!(of(flat(&root("a")).unwrap()), [Some(root("a"))]);
+    for wrong in ["", "a", &root("g"), &root("+"), &"ä".repeat(32), &format!("sha256:{}", root("a"))] {
+        let error = flat(wrong).unwrap_err();
+        assert!(error.parameter == "verity" && error.to_string().contains("as 'seal' prints them"), "{error}");
+    }
+    let layer = |verity: &str| {
+        format!(
+            r#"{{"kind":"attach","attach":{{"fs_type":"squashfs","attach":{{"kind":"loopback","loopback":{{"path":"i"{verity},
+            "base":"mount","mount":{{"kind":"nfs","nfs":{{"host":"h","path":"/s"}}}}}}}}}}}}"#
+        )
+    };
+    let with = |letter| layer(&format!(r#","verity":"{}""#, root(letter)));
+    let spec = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{},{},{}]}}}}"#, with("a"), with("b"), layer(""));
+    assert_eq!(of(parse(&[("mountSpec", &spec)]).unwrap()), [Some(root("a")), Some(root("b")), None]);
+    assert!(parse(&[("mountSpec", &spec), ("verity", &root("a"))]).unwrap_err().to_string().contains("contradicts"));
+    assert_eq!(of(parse(&[("mountSpec", &with("a")), ("verity", &root("a"))]).unwrap()), [Some(root("a"))]);
+    let error = parse(&[("mountSpec", &layer(r#","verity":"0""#))]).unwrap_err();
+    assert_eq!(error.pointer, "/attach/attach/loopback/verity");
+}

@@ -57,6 +57,20 @@ fn the_default_allows_any_server_and_nothing_of_the_node() {
 }
 
 #[test]
+fn a_policy_may_require_the_root_hash_of_images_on_exports() {
+    let root = "ab".repeat(32);
+    let on_export = |further: &str| {
+        let base = format!(r#""base":"mount","mount":{}"#, nfs("h", "/x", "hard"));
+        image("squashfs", &format!(r#"{{"kind":"loopback","loopback":{{"path":"a"{further},{base}}}}}"#))
+    };
+    let policy = "requireVerity: true\nhostPaths: true";
+    assert_denied(policy, &on_export(""), "/attach/attach/loopback/verity");
+    assert_allowed(policy, &on_export(&format!(r#","verity":"{root}""#)));
+    assert_allowed(policy, &loopback_root("/srv/a.sqsh"));
+    assert_allowed("namespaces: [{names: [a], policy: {requireVerity: true}}]", &on_export(""));
+}
+
+#[test]
 fn a_server_is_reached_at_its_addresses_however_a_volume_spells_its_name() {
     let policy = "servers: [{host: Images.example.com, addresses: [\"[FD00::9]\", b]}, {host: \"*.example.com\"}]";
     let policy = Policy::parse(policy).unwrap();
