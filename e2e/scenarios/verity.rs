@@ -149,6 +149,66 @@ fn an_image_with_another_root_hash_without_a_tree_or_truncated_is_refused_before
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn an_image_is_mounted_whose_root_hash_beside_it_is_signed_by_a_key_that_the_policy_trusts() {
+    let image = make_image("signed.sqsh");
+    let root = root_of(&["seal", image.to_str().unwrap()]);
+    let beside = |end: &str| PathBuf::from(format!("{}.root{end}", image.display()));
+    fs::write(beside(""), format!("{root}\n")).unwrap();
+    let keys = tempfile::tempdir().unwrap();
+    let key = |name: &str| keys.path().join(name).display().to_string();
+    // As a person does it, with minisign(1).
+    let new_key = |name: &str| {
+        run("minisign", &["-G", "-W", "-p", &key(&format!("{name}.pub")), "-s", &key(&format!("{name}.key"))]);
+        fs::read_to_string(key(&format!("{name}.pub"))).unwrap().lines().nth(1).unwrap().to_owned()
+    };
+    let (ours, _) = (new_key("ours"), new_key("stranger"));
+    let sign =
+        |name: &str| run("minisign", &["-S", "-s", &key(&format!("{name}.key")), "-m", beside("").to_str().unwrap()]);
+    let policy = format!("requireVerity: true\ntrustedKeys: [{ours}]");
+    let mut driver = Driver::with_policy(&policy);
+    let volume = volume("v", "signed.sqsh", &[("verity", "signed")]);
+    let refused = |driver: &Driver, code: Code, why: &str| {
+        let error = driver.mount(&volume, "pod").unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(why), "{error}");
+        driver.assert_nothing_left();
+    };
+    refused(&driver, Code::NotFound, "signed.sqsh.root.minisig");
+    sign("stranger");
+    refused(&driver, Code::PermissionDenied, "by none of the policy's trustedKeys");
+    sign("ours");
+    fs::write(beside(""), format!("{}\n", "0".repeat(64))).unwrap();
+    refused(&driver, Code::PermissionDenied, "by none of the policy's trustedKeys");
+    fs::write(beside(".minisig"), "untrusted comment: nothing\n").unwrap();
+    refused(&driver, Code::PermissionDenied, "is no signature of minisign(1)");
+    assert!(!driver.log().contains("step=\"squashfs\""), "no file system was mounted");
+    fs::write(beside(""), format!("{root}\n")).unwrap();
+    sign("ours");
+    let target = driver.mount(&volume, "pod").unwrap();
+    assert_eq!(fs::read(target.join("two")).unwrap().len(), 1 << 20);
+    // Another image in its place, sealed again: the signature is not of it. What runs goes on, also for a new process without its server.
+    let other = make_image("resealed.sqsh");
+    let other_root = root_of(&["seal", other.to_str().unwrap()]);
+    driver.kill();
+    driver.launch();
+    let link = Link::cut();
+    in_time("a pod of a staged volume", || driver.publish(&volume, "later")).unwrap();
+    link.restore();
+    assert_eq!((driver.verified_devices(), driver.loop_devices().len()), (1, 1));
+    driver.unpublish(&volume, "later").unwrap();
+    driver.unmount(&volume, "pod");
+    driver.assert_nothing_left();
+    fs::rename(other, &image).unwrap();
+    refused(&driver, Code::FailedPrecondition, "does not have the root hash");
+    fs::write(beside(""), format!("{other_root}\n")).unwrap();
+    refused(&driver, Code::PermissionDenied, "by none of the policy's trustedKeys");
+    let bare = self::volume("bare", "signed.sqsh", &[]);
+    let error = driver.mount(&bare, "pod").unwrap_err();
+    assert!(error.code() == Code::PermissionDenied && error.message().starts_with("verity: "), "{error}");
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn a_verified_image_is_moved_to_its_copy_and_verified_there() {
     let image = make_image("copied-verified.sqsh");
     let root = root_of(&["seal", image.to_str().unwrap()]);

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::error::{Doing, Error, Result, Subject, errno_of, last_errno};
 use super::loop_device::{self, LoopDevice, Tag};
-use super::verity::{RootHash, Tree, hexadecimal};
+use super::verity::{self, RootHash, Tree, hexadecimal};
 
 const CONTROL: &str = "/dev/mapper/control";
 /// How long a new device may take to appear in /dev, and another process to be done with one of the same name.
@@ -108,6 +108,7 @@ pub fn version() -> Result<String> {
 pub struct Verified {
     /// The loop device that it stands on.
     pub loop_device: u32,
+    pub root: RootHash,
     /// A block was read that did not fit.
     pub is_corrupted: bool,
 }
@@ -120,9 +121,9 @@ pub fn list(tag: &Tag) -> Result<Vec<Verified>> {
     let control = Control::open()?;
     let mut devices = Vec::new();
     for name in control.names()? {
-        let Some(loop_device) = loop_device_of(&name, tag) else { continue };
+        let Some((loop_device, root)) = read_name(&name, tag) else { continue };
         match control.call(Command::TableStatus, &name, 0, &[]) {
-            Ok(answer) => devices.push(Verified { loop_device, is_corrupted: status(&answer).starts_with('C') }),
+            Ok(answer) => devices.push(Verified { loop_device, root, is_corrupted: status(&answer).starts_with('C') }),
             // Gone meanwhile.
             Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno).doing(|| format!("look at {name}")),
@@ -137,7 +138,7 @@ pub fn sweep(tag: &Tag) -> Result<()> {
         return Ok(());
     }
     let control = Control::open()?;
-    for name in control.names()?.iter().filter(|name| loop_device_of(name, tag).is_some()) {
+    for name in control.names()?.iter().filter(|name| read_name(name, tag).is_some()) {
         control.remove_with_last_user(name)?;
     }
     Ok(())
@@ -160,8 +161,9 @@ fn prefix(tag: &Tag) -> String {
     format!("{}-loop", tag.as_str().replace(':', "-"))
 }
 
-fn loop_device_of(name: &str, tag: &Tag) -> Option<u32> {
-    name.strip_prefix(&prefix(tag))?.split('-').next()?.parse().ok()
+fn read_name(name: &str, tag: &Tag) -> Option<(u32, RootHash)> {
+    let (loop_device, root) = name.strip_prefix(&prefix(tag))?.split_once('-')?;
+    Some((loop_device.parse().ok()?, verity::read_hexadecimal(root)?))
 }
 
 /// What a target says of itself in the answer to [`Command::TableStatus`].
@@ -343,7 +345,7 @@ mod tests {
         let (mine, other) = (Tag::new("a.csi.dev"), Tag::new("b.csi.dev"));
         let name = name(12, &[0xab; 32], &mine);
         assert!(name.ends_with(&format!("-loop12-{}", "ab".repeat(32))) && name.len() < NAME_LENGTH);
-        assert_eq!((loop_device_of(&name, &mine), loop_device_of(&name, &other)), (Some(12), None));
+        assert_eq!((read_name(&name, &mine), read_name(&name, &other)), (Some((12, [0xab; 32])), None));
     }
 
     #[test]

@@ -48,6 +48,7 @@ struct Loop {
     tag: Tag,
     identity: ImageIdentity,
     purpose: Purpose,
+    root: RootHash,
     file: File,
     /// At its end when nobody has the device open.
     users: PipeReader,
@@ -255,7 +256,7 @@ impl Kernel for Double {
         let number = live.last().map_or(0, |last| last + 1);
         self.call(format!("loop{number}: an image of {} bytes", image.identity.size), Subject::Node)?;
         let file = image.file.try_clone().unwrap();
-        let device = Loop { tag: tag.clone(), identity: image.identity, purpose, file, users: reader };
+        let device = Loop { tag: tag.clone(), identity: image.identity, purpose, root: [0; 32], file, users: reader };
         lock(&self.state).loop_devices.insert(number, device);
         Ok(LoopDevice::of_number(number, writer.into()))
     }
@@ -264,7 +265,12 @@ impl Kernel for Double {
     fn verified_device(&self, device: &LoopDevice, size: u64, root: &RootHash, _: &Tag) -> Result<VerifiedDevice> {
         let number = device.number();
         self.call(format!("loop{number}: verified by {}", hexadecimal(&root[..4])), Subject::Image)?;
-        let file = lock(&self.state).loop_devices[&number].file.try_clone().unwrap();
+        let file = {
+            let mut state = lock(&self.state);
+            let device = state.loop_devices.get_mut(&number).unwrap();
+            device.root = *root;
+            device.file.try_clone().unwrap()
+        };
         Tree::find(&file, size)?;
         let users = lock(&self.state).loop_devices[&number].open()?;
         Ok(VerifiedDevice::of_path(format!("/dev/verified/dev/loop{number}").into(), users))
@@ -277,7 +283,12 @@ impl Kernel for Double {
             .loop_devices
             .iter()
             .filter(|(number, device)| live.contains(number) && device.purpose == Purpose::Verity);
-        Ok(devices.map(|(&loop_device, _)| Verified { loop_device, is_corrupted: state.is_corrupted }).collect())
+        let describe = |(&loop_device, device): (&u32, &Loop)| Verified {
+            loop_device,
+            root: device.root,
+            is_corrupted: state.is_corrupted,
+        };
+        Ok(devices.map(describe).collect())
     }
 
     fn sweep_verified(&self, _: &Tag) -> Result<()> {

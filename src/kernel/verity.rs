@@ -248,6 +248,15 @@ pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A root hash that [`hexadecimal`] wrote.
+pub(super) fn read_hexadecimal(text: &str) -> Option<RootHash> {
+    let mut root = RootHash::default();
+    for (at, byte) in root.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()?;
+    }
+    (hexadecimal(&root) == text).then_some(root)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

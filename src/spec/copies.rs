@@ -54,21 +54,34 @@ fn hexadecimal(digits: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// The root hash of the tree behind an image, by which the kernel verifies each block of it.
+/// By what the kernel verifies each block of an image: the root hash of the tree behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Verity(pub [u8; 32]);
+pub enum Verity {
+    Root([u8; 32]),
+    /// The one that lies beside the image, signed by a key of the policy's.
+    Signed,
+}
+
+/// [`Verity::Signed`] as a user writes it.
+const SIGNED: &str = "signed";
 
 impl Verity {
-    /// Reads 64 hexadecimal digits.
+    /// Reads 64 hexadecimal digits, or `signed`.
     pub fn parse(text: &str) -> Result<Verity, String> {
-        let expected = || format!("{} is no root hash: 64 hexadecimal digits, as 'seal' prints them", quote(text));
-        hexadecimal(text).map(Verity).ok_or_else(expected)
+        if text == SIGNED {
+            return Ok(Verity::Signed);
+        }
+        let expected = || {
+            format!("{} is no root hash: 64 hexadecimal digits, as 'seal' prints them, or \"{SIGNED}\"", quote(text))
+        };
+        hexadecimal(text).map(Verity::Root).ok_or_else(expected)
     }
 }
 
 impl fmt::Display for Verity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        let Verity::Root(root) = self else { return f.write_str(SIGNED) };
+        root.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 

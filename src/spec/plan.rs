@@ -1,6 +1,6 @@
 //! What the driver would do for a spec, in words, for people who want to see it before it happens.
 
-use super::{Base, Bind, Device, Mount, Nfs, Overlay, Upper};
+use super::{Base, Bind, Device, Mount, Nfs, Overlay, Upper, Verity};
 
 /// The steps in order, one line each, without numbers.
 pub fn plan(mount: &Mount) -> Vec<String> {
@@ -19,8 +19,10 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                     let file = beneath(steps, &loopback.base, &loopback.path);
                     steps.push(format!("open {file}"));
                     steps.push("attach it read-only to a loop device".to_owned());
-                    steps
-                        .extend(loopback.verity.map(|root| format!("verify each block of it by the root hash {root}")));
+                    steps.extend(loopback.verity.map(|verity| match verity {
+                        Verity::Root(_) => format!("verify each block of it by the root hash {verity}"),
+                        Verity::Signed => "verify each block of it by the signed root hash beside it".to_owned(),
+                    }));
                 }
                 Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
             }

@@ -9,6 +9,7 @@ mod server;
 
 use std::collections::BTreeMap;
 
+use minisign_verify::PublicKey;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -49,6 +50,8 @@ pub struct Policy {
     writable_exports: bool,
     node_cache: bool,
     require_verity: bool,
+    // Of the outermost policy alone: what is verified by a signature may be staged before its namespace is known.
+    trusted_keys: Vec<String>,
     writable_layers: WritableLayers,
     namespaces: Vec<Namespaces>,
 }
@@ -85,6 +88,7 @@ impl Default for Policy {
             writable_exports: true,
             node_cache: true,
             require_verity: false,
+            trusted_keys: Vec::new(),
             writable_layers: WritableLayers::default(),
             namespaces: Vec::new(),
         }
@@ -129,6 +133,11 @@ impl Policy {
     /// Whether images may be copied to the node's disk where a volume does not say so.
     pub fn node_cache(&self) -> bool {
         self.node_cache
+    }
+
+    /// Public keys of minisign(1), by which the root hashes beside images may be signed.
+    pub fn trusted_keys(&self) -> &[String] {
+        &self.trusted_keys
     }
 
     /// Whether each namespace may use this version of NFS, such as `4.1`.
@@ -270,8 +279,17 @@ impl Policy {
         for (key, limit) in &self.nfs_limits {
             export::validate_limit(key, limit).map_err(invalid(&format!("{at}/nfsLimits/{key}")))?;
         }
+        for (index, key) in self.trusted_keys.iter().enumerate() {
+            PublicKey::from_base64(key).map_err(|error| {
+                let message = format!("{} is no public key of minisign(1): {error}", quote(key));
+                invalid(&format!("{at}/trustedKeys/{index}"))(message)
+            })?;
+        }
         for (index, namespaces) in self.namespaces.iter().enumerate() {
             let at = format!("{at}/namespaces/{index}");
+            if !namespaces.policy.trusted_keys.is_empty() {
+                return Err(invalid(&format!("{at}/policy/trustedKeys"))("is only for the outermost policy".into()));
+            }
             if namespaces.names.is_empty() {
                 return Err(invalid(&format!("{at}/names"))("names no namespace".into()));
             }

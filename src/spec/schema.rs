@@ -23,6 +23,7 @@ pub fn policy() -> Value {
     let mut schema = schema.to_value();
     let mut inside = schema.clone();
     inside["properties"].as_object_mut().map(|fields| fields.remove("namespaces"));
+    inside["properties"].as_object_mut().map(|fields| fields.remove("trustedKeys"));
     let server = &mut inside["properties"]["servers"]["items"]["properties"];
     server.as_object_mut().map(|fields| fields.remove("addresses"));
     schema["properties"]["namespaces"]["items"]["properties"]["policy"] = inside;

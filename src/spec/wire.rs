@@ -121,8 +121,8 @@ pub(super) struct Loopback {
     #[serde(default, rename = "readPartitions")]
     #[schemars(extend("const" = false))]
     pub read_partitions: bool,
-    /// The root hash of the image's hash tree, by which the kernel verifies each block of it.
-    #[schemars(with = "Option<String>", extend("pattern" = "^[0-9a-fA-F]{64}$"))]
+    /// The root hash of the image's hash tree, by which the kernel verifies each block of it; or `signed`.
+    #[schemars(with = "Option<String>", extend("pattern" = "^([0-9a-fA-F]{64}|signed)$"))]
     pub verity: Option<String>,
 }
 

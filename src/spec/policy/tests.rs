@@ -193,6 +193,8 @@ fn mistakes_of_the_admin_are_told_at_once() {
             "/namespaces/0/policy/servers/1/addresses",
             "only for the outermost",
         ),
+        ("trustedKeys: [RWQ]", "/trustedKeys/0", "is no public key of minisign(1)"),
+        ("namespaces: [{names: [a], policy: {trustedKeys: [RWQ]}}]", "/namespaces/0/policy/trustedKeys", "outermost"),
         ("namespaces: [{names: [], policy: {}}]", "/namespaces/0/names", "names no namespace"),
         ("namespaces: [{names: [a]}]", "/namespaces/0", "missing field \"policy\""),
         (

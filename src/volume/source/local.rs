@@ -48,23 +48,25 @@ impl Preparer {
                 let Some((original, copy)) = self.cache.last_known(&name, spec.digest).await? else {
                     return Err(error);
                 };
+                let root = self.root_hash(spec, None).await?;
                 metrics::cache().hits.inc();
                 tracing::warn!("{name} begins with its copy on this node: {error}");
-                let attached = self.attach(spec, copy, file_system, Origin::Copy).await?;
+                let attached = self.attach(spec, copy, root, file_system, Origin::Copy).await?;
                 return Ok(ImageOnLoop { spec: spec.clone(), content: original.content(), attached });
             }
             Err(error) => return Err(error),
         };
         let (original, content) = (Original::of(name, &image), image.content);
+        let root = self.root_hash(spec, Some(&base)).await?;
         if let Some(copy) = self.cache.confirmed(&original, spec.digest).await? {
             metrics::cache().hits.inc();
-            let attached = self.attach(spec, copy, file_system, Origin::Copy).await?;
+            let attached = self.attach(spec, copy, root, file_system, Origin::Copy).await?;
             return Ok(ImageOnLoop { spec: spec.clone(), content, attached });
         }
         metrics::cache().misses.inc();
         let source = self.source(original, &image, &base)?;
         let identity = image.identity;
-        let attached = self.attach(spec, image, file_system, Origin::Base(base.clone())).await?;
+        let attached = self.attach(spec, image, root, file_system, Origin::Base(base.clone())).await?;
         self.copy_behind(source, identity, base);
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }

@@ -14,6 +14,7 @@ mod prepared;
 mod probe;
 mod resolve;
 mod shared;
+mod signed;
 
 pub use build::{UpperLayer, build, overlay_on};
 pub use prepare::Preparer;

@@ -16,13 +16,14 @@ use crate::blocking::{self, OffThread, measured};
 use crate::error::Result;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image};
-use crate::kernel::loop_device::Attached;
+use crate::kernel::loop_device::{Attached, Purpose};
 use crate::kernel::mount::{DetachedMount, Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
+use crate::kernel::verity::RootHash;
 use crate::kernel::{self, Kernel};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
-use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
+use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Verity};
 use crate::volume::cache::{Cache, stands_on};
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
@@ -156,8 +157,8 @@ impl Preparer {
             return self.image_or_copy(spec, name, opened, file_system).await;
         }
         let (base, image) = opened.await?;
-        let content = image.content;
-        let attached = self.attach(spec, image, file_system, Origin::Base(base)).await?;
+        let (content, root) = (image.content, self.root_hash(spec, Some(&base)).await?);
+        let attached = self.attach(spec, image, root, file_system, Origin::Base(base)).await?;
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }
 
@@ -206,6 +207,7 @@ impl Preparer {
         &self,
         spec: &Loopback,
         image: OffThread<Image>,
+        root: Option<RootHash>,
         file_system: FileSystem,
         origin: Origin,
     ) -> Result<Arc<OffThread<AttachedImage>>> {
@@ -215,7 +217,7 @@ impl Preparer {
             Origin::Copy => None,
         };
         let name = of_base(spec, Some(file_system));
-        let key = ImageKey { identity: image.identity, verity: spec.verity };
+        let key = ImageKey { identity: image.identity, verity: root };
         let (kernel, mark, step) = (Arc::clone(&self.kernel), self.mark.clone(), format!("attach image {name}"));
         let attach = move || {
             let device = measured("loop", || kernel.loop_device(&image, key.purpose(), mark.tag()))?;
@@ -237,32 +239,47 @@ impl Preparer {
         known: &Known,
         file_system: FileSystem,
     ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
-        let key = ImageKey { identity: known.identity, verity: known.image.verity };
-        if let Some(attached) = self.images.find(&key) {
+        let (identity, verity) = (known.identity, known.image.verity);
+        let named = match verity {
+            Some(Verity::Root(root)) => Some(root),
+            Some(Verity::Signed) | None => None,
+        };
+        if verity != Some(Verity::Signed)
+            && let Some(attached) = self.images.find(&ImageKey { identity, verity: named })
+        {
             return Ok(Some(attached));
         }
         // It may have been moved there since it was written down.
-        let (identity, copy) = (known.identity, self.copy_of(&known.image, known.content, known.identity));
+        let copy = self.copy_of(&known.image, known.content, identity);
         let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
         let unknown = self.exports.places_of_unknown();
         let look = move || {
             let is_copy = |attached: &Attached| copy.as_deref().is_some_and(|copy| stands_on(attached, copy));
+            let purpose = if verity.is_some() { Purpose::Verity } else { Purpose::FileSystem };
             let is_it = |attached: &Attached| {
-                attached.purpose == key.purpose() && (attached.identity == identity || is_copy(attached))
+                attached.purpose == purpose && (attached.identity == identity || is_copy(attached))
             };
             let Some(attached) = kernel.loop_devices(mark.tag())?.into_iter().find(is_it) else { return Ok(None) };
             let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
             let Attached { device, identity, .. } = attached;
+            let root = match verity {
+                // The hash that was found signed when it was attached.
+                Some(Verity::Signed) => {
+                    let mut devices = kernel.verified_devices(mark.tag())?.into_iter();
+                    let Some(verified) = devices.find(|verified| verified.loop_device == device.number()) else {
+                        return Ok(None);
+                    };
+                    Some(verified.root)
+                }
+                Some(Verity::Root(_)) | None => named,
+            };
+            let key = ImageKey { identity, verity: root };
             // Its superblock is there: nothing is read.
-            let attached =
-                AttachedImage::new(&*kernel, ImageKey { identity, ..key }, device, file_system, &mark, origin)?;
-            Ok::<_, kernel::Error>(Some(OffThread::new(attached)))
+            let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
+            Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))
         };
         match blocking::run("look for the image on a loop device", look).await? {
-            Some(attached) => {
-                let key = ImageKey { identity: attached.identity, ..key };
-                Ok(Some(self.images.get(&key, async { Ok(attached) }).await?))
-            }
+            Some((key, attached)) => Ok(Some(self.images.get(&key, async { Ok(attached) }).await?)),
             None => Ok(None),
         }
     }
@@ -284,7 +301,7 @@ impl Preparer {
     }
 
     /// Runs `work` with the open base, on a thread that may wait for the base's server.
-    async fn below<T: Send + 'static>(
+    pub(super) async fn below<T: Send + 'static>(
         &self,
         base: &PreparedBase,
         step: String,
@@ -297,7 +314,7 @@ impl Preparer {
 }
 
 /// A base while paths are opened below it.
-enum OpenBase {
+pub(super) enum OpenBase {
     HostRoot(Arc<OwnedFd>),
     Directory(OwnedFd),
     Detached(DetachedMount),
@@ -331,7 +348,7 @@ fn of_base(spec: &Loopback, file_system: Option<FileSystem>) -> String {
     format!("{}{file_system} of {}", spec.path, spec.base)
 }
 
-fn symlinks(base: &Base, asked: spec::Symlinks) -> Symlinks {
+pub(super) fn symlinks(base: &Base, asked: spec::Symlinks) -> Symlinks {
     match (base, asked) {
         // The admin's policy compares paths of the node as text, which is true only where no symlink is followed.
         (Base::Root, _) | (Base::Mount(_), spec::Symlinks::Refuse) => Symlinks::Refused,

@@ -13,10 +13,11 @@ use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, ImageIdentity};
 use crate::kernel::loop_device::{LoopDevice, Purpose};
 use crate::kernel::mount::{DetachedMount, Symlinks};
+use crate::kernel::verity::RootHash;
 use crate::kernel::{self, Kernel, Subject};
 use crate::lock::lock;
 use crate::places::Places;
-use crate::spec::{Loopback, Verity};
+use crate::spec::Loopback;
 
 /// A mount whose parts are held until this is dropped.
 #[derive(Clone)]
@@ -84,7 +85,7 @@ pub struct Known {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ImageKey {
     pub identity: ImageIdentity,
-    pub verity: Option<Verity>,
+    pub verity: Option<RootHash>,
 }
 
 impl ImageKey {
@@ -117,7 +118,7 @@ impl AttachedImage {
     ) -> kernel::Result<Self> {
         let ImageKey { identity, verity } = key;
         let verify =
-            |root: Verity| measured("verity", || kernel.verified_device(&device, identity.size, &root.0, mark.tag()));
+            |root: RootHash| measured("verity", || kernel.verified_device(&device, identity.size, &root, mark.tag()));
         let verified = verity.map(verify).transpose()?;
         let path = path_of(verified.as_ref(), &device);
         let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;

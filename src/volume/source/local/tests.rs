@@ -254,3 +254,33 @@ async fn an_image_without_a_hash_tree_is_refused_where_its_volume_names_a_root_h
     assert!(error.message.contains("see 'seal'"), "{error}");
     node.assert_nothing_held().await;
 }
+
+#[tokio::test]
+async fn a_signed_image_is_attached_only_where_the_signature_beside_it_is_one() {
+    let mut node = Node::new().await;
+    // The public key in the documentation of minisign.
+    node.policy("trustedKeys: [RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3]");
+    let refused = async |node: &Node, kind, why: &str| {
+        let error = publish(node, &[("verity", "signed")], "a").await.unwrap_err();
+        assert!(error.kind == kind && error.message.contains(why), "{error}");
+        assert_eq!(node.kernel.live_loop_devices(), [0; 0]);
+    };
+    refused(&node, Kind::NotFound, "image.sqsh.root").await;
+    let write = |end: &str, text: &str| {
+        std::fs::write(node.kernel.export().join(format!("image.sqsh.root{end}")), text).unwrap()
+    };
+    write("", &"0".repeat(64));
+    refused(&node, Kind::NotFound, "image.sqsh.root.minisig").await;
+    for signature in ["", "untrusted comment: a\n", &"x".repeat(10_000)] {
+        write(".minisig", signature);
+        refused(&node, Kind::PermissionDenied, "is no signature of minisign(1)").await;
+    }
+    // A right signature of other bytes.
+    let signature = "untrusted comment: signature from minisign secret key\n\
+        RUQf6LRCGA9i559r3g7V1qNyJDApGip8MfqcadIgT9CuhV3EMhHoN1mGTkUidF/z7SrlQgXdy8ofjb7bNJJylDOocrCo8KLzZwo=\n\
+        trusted comment: timestamp:1556193335\tfile:test\n\
+        y/rUw2y8/hOUYjZU71eHp/Wo1KZ40fGy2VJEDl34XMJM+TX48Ss/17u3IvIfbVR1FkZZSNCisQbuQY+bHwhEBg==\n";
+    write(".minisig", signature);
+    refused(&node, Kind::PermissionDenied, "by none of the policy's trustedKeys").await;
+    node.assert_nothing_held().await;
+}
