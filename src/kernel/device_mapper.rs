@@ -36,7 +36,7 @@ const DEFERRED_REMOVE: u32 = 1 << 17;
 /// `struct dm_target_spec`.
 const TARGET: usize = 40;
 /// What a status or a list of devices may take.
-const ANSWER: usize = 1 << 16;
+const ANSWER: usize = 1 << 20;
 
 #[derive(Clone, Copy)]
 enum Command {

@@ -32,8 +32,9 @@ use copy::Progress;
 
 /// How long after a copy failed it is tried again.
 const AGAIN: Duration = Duration::from_secs(60);
-/// A copy that gets nothing for so long is no reason for others to wait.
+/// A copy that gets less than so many bytes in so long is no reason for others to wait, whether its server cannot do better or will not.
 const STALLED: Duration = Duration::from_secs(10);
+const LEAST: u64 = 1 << 20;
 
 /// How a node keeps copies.
 #[derive(Clone, Debug)]
@@ -280,14 +281,15 @@ impl On {
         };
         let copying = run_at(places, step, work);
         tokio::pin!(copying);
+        let least = self.config.rate.map_or(LEAST, |rate| LEAST.min(rate * STALLED.as_secs() / 2));
         let (mut turn, mut last) = (Some(turn), 0);
         loop {
             match tokio::time::timeout(STALLED, &mut copying).await {
                 Ok(copied) => return copied,
                 Err(_) => {
                     let now = progress.bytes.load(Ordering::Relaxed);
-                    if now == last {
-                        // Its server may never answer: the next one goes ahead, and this one goes on when it can.
+                    if now.saturating_sub(last) < least {
+                        // The next one goes ahead, and this one goes on when it can.
                         turn.take();
                     }
                     last = now;
