@@ -5,10 +5,12 @@
 //! until dropped. [`build()`] turns that into one detached mount.
 
 mod build;
+mod earlier;
 mod exports;
 mod local;
 pub mod mark;
 mod nfs_mount;
+mod open_base;
 mod prepare;
 mod prepared;
 mod probe;

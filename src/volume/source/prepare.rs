@@ -1,30 +1,29 @@
 //! From a spec to what it needs of the kernel: NFS mounts and loop devices, made where they are not there yet.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::build::build;
 use super::exports::Exports;
 use super::mark::Mark;
+use super::open_base::OpenBase;
 use super::prepared::{AttachedImage, BlockDevice, ImageKey, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
-use crate::blocking::{self, OffThread, measured};
+use crate::blocking::{OffThread, measured};
 use crate::error::Result;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image};
-use crate::kernel::loop_device::{Attached, Purpose};
-use crate::kernel::mount::{DetachedMount, Symlinks, open_directory};
+use crate::kernel::mount::{Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
 use crate::kernel::verity::RootHash;
 use crate::kernel::{self, Kernel};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
-use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Verity};
-use crate::volume::cache::{Cache, stands_on};
+use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
+use crate::volume::cache::Cache;
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
@@ -37,7 +36,7 @@ pub struct Preparer {
     policy: Arc<Policy>,
     pub(super) mark: Mark,
     host_root: Arc<OwnedFd>,
-    exports: Arc<Exports>,
+    pub(super) exports: Arc<Exports>,
     pub(super) images: Arc<Images>,
     pub(super) cache: Arc<Cache>,
 }
@@ -233,57 +232,6 @@ impl Preparer {
         attached.map_err(|error| error.about(&format!("image {name}")))
     }
 
-    /// The loop device that an earlier process attached, while something is mounted on it.
-    async fn still_attached(
-        &self,
-        known: &Known,
-        file_system: FileSystem,
-    ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
-        let (identity, verity) = (known.identity, known.image.verity);
-        let named = match verity {
-            Some(Verity::Root(root)) => Some(root),
-            Some(Verity::Signed) | None => None,
-        };
-        if verity != Some(Verity::Signed)
-            && let Some(attached) = self.images.find(&ImageKey { identity, verity: named })
-        {
-            return Ok(Some(attached));
-        }
-        // It may have been moved there since it was written down.
-        let copy = self.copy_of(&known.image, known.content, identity);
-        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
-        let unknown = self.exports.places_of_unknown();
-        let look = move || {
-            let is_copy = |attached: &Attached| copy.as_deref().is_some_and(|copy| stands_on(attached, copy));
-            let purpose = if verity.is_some() { Purpose::Verity } else { Purpose::FileSystem };
-            let is_it = |attached: &Attached| {
-                attached.purpose == purpose && (attached.identity == identity || is_copy(attached))
-            };
-            let Some(attached) = kernel.loop_devices(mark.tag())?.into_iter().find(is_it) else { return Ok(None) };
-            let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
-            let Attached { device, identity, .. } = attached;
-            let root = match verity {
-                // The hash that was found signed when it was attached.
-                Some(Verity::Signed) => {
-                    let mut devices = kernel.verified_devices(mark.tag())?.into_iter();
-                    let Some(verified) = devices.find(|verified| verified.loop_device == device.number()) else {
-                        return Ok(None);
-                    };
-                    Some(verified.root)
-                }
-                Some(Verity::Root(_)) | None => named,
-            };
-            let key = ImageKey { identity, verity: root };
-            // Its superblock is there: nothing is read.
-            let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
-            Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))
-        };
-        match blocking::run("look for the image on a loop device", look).await? {
-            Some((key, attached)) => Ok(Some(self.images.get(&key, async { Ok(attached) }).await?)),
-            None => Ok(None),
-        }
-    }
-
     /// Asks the servers of the exports that a mount shows as they are, and returns their places: whoever looks at the mount may wait for
     /// them. `None` where images are all that is shown.
     pub async fn probe_shown(&self, mount: &Allowed) -> Result<Option<Places>> {
@@ -310,35 +258,6 @@ impl Preparer {
         let (kernel, base, places) = (Arc::clone(&self.kernel), base.clone(), base.places());
         let work = move || work(&OpenBase::new(base, &*kernel)?);
         run_at(places, step, work).await
-    }
-}
-
-/// A base while paths are opened below it.
-pub(super) enum OpenBase {
-    HostRoot(Arc<OwnedFd>),
-    Directory(OwnedFd),
-    Detached(DetachedMount),
-}
-
-impl AsFd for OpenBase {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            OpenBase::HostRoot(root) => root.as_fd(),
-            OpenBase::Directory(directory) => directory.as_fd(),
-            OpenBase::Detached(mount) => mount.as_fd(),
-        }
-    }
-}
-
-impl OpenBase {
-    fn new(base: PreparedBase, kernel: &dyn Kernel) -> kernel::Result<Self> {
-        Ok(match base {
-            PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
-            PreparedBase::Mount(mount) => match *mount {
-                Prepared::Nfs { mount, directory, .. } => OpenBase::Directory(mount.open(&directory)?),
-                other => OpenBase::Detached(build(&other, kernel, None)?),
-            },
-        })
     }
 }
 

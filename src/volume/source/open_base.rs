@@ -1,0 +1,38 @@
+//! A base of paths, opened.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use super::build::build;
+use super::prepared::{Prepared, PreparedBase};
+use crate::kernel::mount::DetachedMount;
+use crate::kernel::{self, Kernel};
+
+/// A base while paths are opened below it.
+pub(super) enum OpenBase {
+    HostRoot(Arc<OwnedFd>),
+    Directory(OwnedFd),
+    Detached(DetachedMount),
+}
+
+impl AsFd for OpenBase {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            OpenBase::HostRoot(root) => root.as_fd(),
+            OpenBase::Directory(directory) => directory.as_fd(),
+            OpenBase::Detached(mount) => mount.as_fd(),
+        }
+    }
+}
+
+impl OpenBase {
+    pub(super) fn new(base: PreparedBase, kernel: &dyn Kernel) -> kernel::Result<Self> {
+        Ok(match base {
+            PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
+            PreparedBase::Mount(mount) => match *mount {
+                Prepared::Nfs { mount, directory, .. } => OpenBase::Directory(mount.open(&directory)?),
+                other => OpenBase::Detached(build(&other, kernel, None)?),
+            },
+        })
+    }
+}
