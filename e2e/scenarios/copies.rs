@@ -226,7 +226,7 @@ fn a_disk_that_fills_up_costs_a_pod_nothing_but_the_copy() {
     wait_for("the copy to fail", || driver.status()["copies"][0]["failed"].is_string());
     fresh_caches();
     assert_eq!(hash(&target.join("file")).unwrap(), digest);
-    assert!(driver.log().contains("is read from its server: copy"), "it says so");
+    assert!(driver.log().contains("is read from its server: write the copy of /images/full.sqsh"), "it says so");
     let parts = fs::read_dir(disk.path().join("cache")).unwrap().count();
     assert_eq!(parts, 1, "what is of no use gives its room back");
     driver.unmount(&volume, "pod");
@@ -254,7 +254,7 @@ fn a_disk_that_fails_costs_a_pod_nothing_but_the_copy() {
     let target = driver.mount(&volume, "pod").unwrap();
     wait_for("the copy to fail", || driver.status()["copies"][0]["failed"].is_string());
     let failed = driver.status()["copies"][0]["failed"].to_string();
-    assert!(failed.contains("Input/output error"), "{failed}");
+    assert!(failed.contains("write the copy of /images/eio.sqsh") && failed.contains("Input/output error"), "{failed}");
     fresh_caches();
     assert_eq!(hash(&target.join("file")).unwrap(), digest);
     assert!(!local(&driver));

@@ -26,7 +26,7 @@ pub fn verify(directory: &Path, mut each: impl FnMut(&Entry, Verified)) -> Resul
     for entry in store.entries()? {
         // Gone meanwhile.
         let Some((entry, file)) = store.peek(&entry.original)? else { continue };
-        let failed = |error| Error::file("read the copy of", entry.original.name.path.as_ref(), &error);
+        let failed = |error| Error::file(&format!("read the copy of {} in", entry.original.name), directory, &error);
         let verified = match copy::verify(&file, entry.original.size) {
             Ok(digest) if entry.has(Some(digest)) => Verified::Right,
             // A disk that cannot read it back has not kept it either.

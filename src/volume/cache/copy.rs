@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::original::Original;
 use super::store::Part;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use crate::kernel::image::Image;
 use crate::metrics;
 use crate::spec::Digest;
@@ -22,6 +22,19 @@ const CHUNK: usize = 1 << 20;
 const ALIGNMENT: usize = 4096;
 /// How much may be lost when the power is cut, and wait in the node's memory for the disk.
 const SYNCED: u64 = 8 << 20;
+
+/// Why there is no copy.
+pub struct Failure {
+    pub error: Error,
+    /// What is on the disk already will be of use.
+    pub goes_on: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure { error, goes_on: false }
+    }
+}
 
 /// How far a copy is, for who looks from outside.
 #[derive(Debug, Default)]
@@ -33,47 +46,57 @@ pub struct Progress {
 /// read in a second.
 ///
 /// Nothing of it stays in the node's page cache: the source is read past it where its file system can do that.
-pub fn copy(source: &File, part: &mut Part, rate: Option<u64>, progress: &Progress) -> Result<Digest> {
+pub fn copy(
+    source: &File,
+    part: &mut Part,
+    rate: Option<u64>,
+    progress: &Progress,
+) -> std::result::Result<Digest, Failure> {
     let original = part.entry.original.clone();
-    let failed = |error: io::Error| Error::file("copy", original.name.path.as_ref(), &error);
-    let source = past_the_cache(source).map_err(failed)?;
+    let unread = |error: io::Error| Failure {
+        error: Error::new(Kind::Unavailable, format!("read {}: {error}", original.name)),
+        goes_on: true,
+    };
+    let source = past_the_cache(source).map_err(unread)?;
     let mut space = vec![0; CHUNK + ALIGNMENT];
     let start = space.as_ptr().align_offset(ALIGNMENT);
     let buffer = &mut space[start..start + CHUNK];
     let mut sum = Sha256::new();
     // Whole chunks alone, as `O_DIRECT` begins where a block does.
     let mut at = part.entry.synced / CHUNK as u64 * CHUNK as u64;
-    read_again(part.file(), at, buffer, |bytes| sum.update(bytes)).map_err(failed)?;
-    part.file().set_len(at).map_err(failed)?;
+    read_again(part.file(), at, buffer, |bytes| sum.update(bytes)).map_err(|error| part.failed("read", &error))?;
+    part.file().set_len(at).map_err(|error| part.failed("write", &error))?;
     progress.bytes.store(at, Ordering::Relaxed);
     let (began, first) = (Instant::now(), at);
     while at < original.size {
-        let length = read_full(&source, buffer, at).map_err(failed)?.min((original.size - at) as usize);
+        let length = read_full(&source, buffer, at).map_err(unread)?.min((original.size - at) as usize);
         if length == 0 {
-            return Err(changed(&original));
+            return Err(changed(&original).into());
         }
         sum.update(&buffer[..length]);
-        part.file().write_all_at(&buffer[..length], at).map_err(failed)?;
+        part.file().write_all_at(&buffer[..length], at).map_err(|error| part.failed("write", &error))?;
         at += length as u64;
         metrics::cache().copied_bytes.inc_by(length as u64);
         progress.bytes.store(at, Ordering::Relaxed);
         if at - part.entry.synced >= SYNCED || at == original.size {
-            part.sync(at).map_err(failed)?;
+            part.sync(at).map_err(|error| part.failed("write", &error))?;
         }
         if let Some(rate) = rate {
             let due = Duration::from_secs_f64((at - first) as f64 / rate as f64);
             std::thread::sleep(due.saturating_sub(began.elapsed()));
         }
     }
-    if Image::look_again(&source)? != (original.content(), original.changed) {
-        return Err(changed(&original));
+    match Image::look_again(&source) {
+        Ok(now) if now == (original.content(), original.changed) => {}
+        Ok(_) => return Err(changed(&original).into()),
+        Err(error) => return Err(Failure { error: error.into(), goes_on: true }),
     }
     let digest = Digest(sum.finalize().into());
-    match verify(part.file(), original.size).map_err(failed)? {
+    match verify(part.file(), original.size).map_err(|error| part.failed("read", &error))? {
         on_disk if on_disk == digest => Ok(digest),
         on_disk => {
             let message = format!("copy {}: {digest} was written, and the disk has {on_disk}: it fails", original.name);
-            Err(Error::new(Kind::Aborted, message))
+            Err(Error::new(Kind::Aborted, message).into())
         }
     }
 }

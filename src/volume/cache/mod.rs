@@ -147,7 +147,7 @@ impl Cache {
         let (store, original, bounds) = (Arc::clone(&on.store), original.clone(), on.config.bounds);
         let look = move || {
             // What cannot be written down now will be said again.
-            if let Err(error) = store.confirm(&original) {
+            if let Err(error) = store.confirm(&original.name, Some(&original)) {
                 tracing::warn!(%error, "an older copy is not marked");
             }
             match usable(&store, &original) {
@@ -164,6 +164,13 @@ impl Cache {
             }
         };
         blocking::run("look for a copy of the image", look).await
+    }
+
+    /// The server says that it has no image by this name, or none for this node.
+    pub async fn is_gone(&self, name: &Name) -> Result<()> {
+        let Ok(on) = &self.on else { return Ok(()) };
+        let (store, name) = (Arc::clone(&on.store), name.clone());
+        blocking::run("mark copies of the image", move || store.confirm(&name, None)).await
     }
 
     /// What the server had by this name when it was asked last, or what the volume names, for when the server does not answer.
@@ -269,12 +276,13 @@ impl On {
             if let Some(mut part) = store.begin(&original, config.bounds)? {
                 match copy::copy(&file, &mut part, config.rate, &seen) {
                     Ok(digest) => part.complete(&digest)?,
-                    // What is there is of no use, or others need the room.
-                    Err(error) if matches!(error.kind, Kind::Aborted | Kind::ResourceExhausted) => {
-                        part.discard()?;
+                    Err(copy::Failure { error, goes_on: true }) => return Err(error),
+                    Err(copy::Failure { error, goes_on: false }) => {
+                        if let Err(error) = part.discard() {
+                            tracing::warn!(%error, "a copy that is of no use stays");
+                        }
                         return Err(error);
                     }
-                    Err(error) => return Err(error),
                 }
             }
             Ok::<_, Error>(usable(&store, &original).map(|(_, copy)| copy))

@@ -16,7 +16,9 @@ pub struct Name {
     /// The version of NFS and the options of the mount, by which the same path may lead elsewhere: a service at another port may be
     /// anybody's.
     pub mount: String,
-    /// The export, and below it the image.
+    /// Behind a path on the server may be another file system for each export that leads there.
+    pub export: String,
+    /// Of the image, below the export.
     pub path: String,
 }
 
@@ -27,26 +29,33 @@ impl Name {
         let mut options: Vec<_> = nfs.options.iter().map(ToString::to_string).collect();
         options.sort();
         options.insert(0, format!("vers={}", nfs.version));
-        Some(Name { server: nfs.host.clone(), mount: options.join(","), path: below(&image.base, &image.path)? })
+        let (server, export) = (nfs.host.clone(), nfs.path.clone());
+        Some(Name { server, mount: options.join(","), export, path: below(&image.base, &image.path)? })
     }
 
     /// What the names of its copies begin with.
     pub(super) fn prefix(&self) -> String {
-        hash(&[&self.server, &self.mount, &self.path])
+        hash(&[&self.server, &self.mount, &self.export, &self.path])
+    }
+
+    /// The whole path on the server.
+    pub fn file(&self) -> String {
+        format!("{}/{}", self.export.trim_end_matches('/'), self.path)
     }
 }
 
 impl std::fmt::Display for Name {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} of {}", self.path, self.server)
+        write!(f, "{} of {}", self.file(), self.server)
     }
 }
 
+/// A path below the export that its base lies on.
 fn below(base: &Base, path: &str) -> Option<String> {
     match base {
         Base::Root => None,
         Base::Mount(mount) => match &**mount {
-            Mount::Nfs(nfs) => Some(format!("{}/{path}", nfs.path.trim_end_matches('/'))),
+            Mount::Nfs(_) => Some(path.to_owned()),
             Mount::Bind(bind) => below(&bind.base, format!("{}/{path}", bind.path).trim_start_matches('/')),
             Mount::Attach(_) | Mount::Overlay(_) => None,
         },
@@ -85,6 +94,12 @@ impl Original {
         let content = [self.inode, self.size, self.modified, self.changed].map(|number| number.to_string());
         format!("{}-{}", self.name.prefix(), hash(&content.each_ref().map(String::as_str)))
     }
+}
+
+/// Whether it may be that of a copy: see [`Original::id`].
+pub fn is_id(text: &str) -> bool {
+    let is_hash = |text: &str| text.len() == 16 && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+    text.split_once('-').is_some_and(|(name, content)| is_hash(name) && is_hash(content))
 }
 
 /// 64 bits in hexadecimal digits: names are compared in full where it matters.
@@ -172,24 +187,30 @@ mod tests {
 
     #[test]
     fn whatever_differs_makes_another_copy() {
-        let name = |server: &str, mount: &str, path: &str| Name {
+        let name = |server: &str, mount: &str, export: &str, path: &str| Name {
             server: server.into(),
             mount: mount.into(),
+            export: export.into(),
             path: path.into(),
         };
         let original = |name, content: [u64; 4]| {
             let [inode, size, modified, changed] = content;
             Original { name, inode, size, modified, changed }.id()
         };
-        let mut ids: Vec<_> = [name("a", "1", "b"), name("a", "2", "b"), name("ab", "1", ""), name("", "1", "ab")]
-            .into_iter()
-            .map(|name| original(name, [1, 1, 1, 1]))
-            .collect();
+        let names = [
+            name("a", "1", "/e", "b/c"),
+            name("a", "1", "/e/b", "c"),
+            name("a", "2", "/e", "b/c"),
+            name("a1", "", "/e", "b/c"),
+            name("", "a1", "/e", "b/c"),
+        ];
+        let mut ids: Vec<_> = names.into_iter().map(|name| original(name, [1, 1, 1, 1])).collect();
         for at in 0..4 {
             let mut content = [1; 4];
             content[at] = 11;
-            ids.push(original(name("a", "1", "b"), content));
+            ids.push(original(name("a", "1", "/e", "b/c"), content));
         }
+        assert!(ids.iter().all(|id| is_id(id)));
         let all = ids.len();
         ids.sort();
         ids.dedup();

@@ -11,7 +11,7 @@ mod room;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -21,11 +21,13 @@ use rustix::io::Errno;
 pub use part::Part;
 pub use room::Bounds;
 
-use super::original::{Entry, Name, Original};
+use super::original::{Entry, Name, Original, is_id};
 use crate::error::{Error, Kind, Result};
 
 /// The file that says whose directory it is.
 const OWNER: &str = "driver";
+/// What files of a copy are, in the order in which they are removed.
+const KINDS: &[&str] = &["json", "new", "image", "part"];
 
 /// An open directory of copies.
 #[derive(Debug)]
@@ -43,6 +45,14 @@ impl Store {
             .create(path)
             .map_err(|error| Error::file("make directory", path, &error))?;
         let store = Store::open(path)?;
+        if !store.is_there(OWNER) {
+            let files = store.files().map_err(store.failed("list", ""))?;
+            let is_strange = |name: &&String| ![".", "..", "lost+found"].contains(&name.as_str());
+            // Somebody else of this driver may have made it his meanwhile.
+            if let Some(other) = files.iter().find(is_strange).filter(|_| !store.is_there(OWNER)) {
+                return Err(store.unfit(&format!("{other} is in it: give the driver one of its own, which is empty")));
+            }
+        }
         let written = || {
             let file = File::from(rustix::fs::openat(
                 &store.directory,
@@ -137,7 +147,7 @@ impl Store {
     fn entries_by(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for name in self.files().map_err(self.failed("list", ""))? {
-            if let Some(id) = name.strip_suffix(".json").filter(|id| wanted(id))
+            if let Some((id, "json")) = split(&name).filter(|(id, _)| wanted(id))
                 && let Some(entry) = self.read(id).map_err(self.failed("read", &name))?
             {
                 entries.push(entry);
@@ -203,6 +213,10 @@ impl Store {
                 Err(Errno::WOULDBLOCK) => return Ok(None),
                 locked => locked?,
             }
+            if file.metadata()?.nlink() == 0 {
+                // It went before it was locked.
+                return Ok(None);
+            }
             if is_use {
                 self.open_at(&format!("{id}.json"), OFlags::RDONLY)?.set_modified(SystemTime::now())?;
             }
@@ -214,60 +228,75 @@ impl Store {
         }
     }
 
-    /// Writes down that the server has this image by its name, and no other.
-    pub fn confirm(&self, original: &Original) -> Result<()> {
-        let id = original.id();
-        let is_wrong = |entry: &Entry| entry.superseded == (entry.original.id() == id);
-        if !self.entries_of(&original.name)?.iter().any(is_wrong) {
+    /// Writes down that the server has this image by its name and no other, or none at all. What cannot be marked as of the past, as on a full
+    /// disk, is forgotten.
+    pub fn confirm(&self, name: &Name, original: Option<&Original>) -> Result<()> {
+        let id = original.map(Original::id);
+        let is_wrong = |entry: &Entry| entry.superseded == (Some(entry.original.id()) == id);
+        if !self.entries_of(name)?.iter().any(is_wrong) {
             return Ok(());
         }
         // Read again where nobody changes it: a copy may have been completed meanwhile.
         let _lock = self.lock()?;
-        for mut entry in self.entries_of(&original.name)?.into_iter().filter(is_wrong) {
+        let mut first_error = None;
+        for mut entry in self.entries_of(name)?.into_iter().filter(is_wrong) {
             entry.superseded = !entry.superseded;
-            self.write(&entry).map_err(self.failed("write", &entry.original.id()))?;
+            let id = entry.original.id();
+            let written = self.write(&entry).or_else(|error| match entry.superseded {
+                // Who uses it keeps it.
+                true if !self.unlink_unused(&id)? => self.unlink_one(&id, "json"),
+                true => Ok(()),
+                false => Err(error),
+            });
+            if let Err(error) = written {
+                first_error.get_or_insert(self.failed("write", &id)(error));
+            }
         }
-        Ok(())
+        first_error.map_or(Ok(()), Err)
     }
 
     fn is_there(&self, name: &str) -> bool {
         rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Whether a loop device or a process has a copy.
-    pub fn is_used(&self, id: &str) -> io::Result<bool> {
+    /// Removes a copy unless a loop device or a process has it; says whether it did.
+    fn unlink_unused(&self, id: &str) -> io::Result<bool> {
+        // Nobody begins to use it until it is gone.
+        let mut locked = Vec::new();
         for kind in ["part", "image"] {
             match self.open_at(&format!("{id}.{kind}"), OFlags::RDONLY) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
                 Ok(file) => match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                    Err(Errno::WOULDBLOCK) => return Ok(true),
-                    locked => locked?,
+                    Err(Errno::WOULDBLOCK) => return Ok(false),
+                    Err(errno) => return Err(errno.into()),
+                    Ok(()) => locked.push(file),
                 },
             }
         }
-        Ok(false)
+        self.unlink(id).map(|()| true)
     }
 
     /// The description goes first: nobody finds what is left without it but the sweep.
     fn unlink(&self, id: &str) -> io::Result<()> {
-        for kind in ["json", "new", "image", "part"] {
-            match rustix::fs::unlinkat(&self.directory, format!("{id}.{kind}"), AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
+        KINDS.iter().try_for_each(|kind| self.unlink_one(id, kind))
     }
 
-    /// Removes what no description is about: torn by a power cut, or of an eviction that was cut short.
+    fn unlink_one(&self, id: &str, kind: &str) -> io::Result<()> {
+        match rustix::fs::unlinkat(&self.directory, format!("{id}.{kind}"), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Removes what no description is about: torn by a power cut, or of an eviction that was cut short. Files of other names stay.
     pub fn sweep(&self) -> Result<()> {
         let _lock = self.lock()?;
         let sweep = || {
             for name in self.files()? {
-                let Some((id, _)) = name.rsplit_once('.').filter(|(id, _)| !id.is_empty()) else { continue };
-                if self.read(id)?.is_none() && !self.is_used(id)? {
-                    self.unlink(id)?;
+                let Some((id, _)) = split(&name) else { continue };
+                if self.read(id)?.is_none() {
+                    self.unlink_unused(id)?;
                 }
             }
             Ok(())
@@ -285,6 +314,12 @@ impl Store {
         }
         Ok(bytes)
     }
+}
+
+/// The parts of the name of a file of a copy: its ID, and what the file is to it.
+fn split(file: &str) -> Option<(&str, &str)> {
+    let (id, kind) = file.split_once('.')?;
+    (is_id(id) && KINDS.contains(&kind)).then_some((id, kind))
 }
 
 /// File systems that are not of this node (statfs(2)).

@@ -28,13 +28,14 @@ impl Fixture {
         std::fs::write(&path, bytes).unwrap();
         let file = File::open(path).unwrap();
         let (content, changed) = Image::look_again(&file).unwrap();
-        let name = Name { server: "nfs".into(), mount: "vers=4.2".into(), path: format!("/images/{name}") };
+        let (server, mount, export) = ("nfs".into(), "vers=4.2".into(), "/images".into());
+        let name = Name { server, mount, export, path: name.into() };
         (file, Original::new(name, content, changed))
     }
 
     fn copy(&self, source: &(File, Original), bounds: Bounds) -> Result<()> {
         let mut part = self.store.begin(&source.1, bounds)?.unwrap();
-        let digest = copy(&source.0, &mut part, None, &Progress::default())?;
+        let digest = copied(&source.0, &mut part)?;
         part.complete(&digest)
     }
 
@@ -51,6 +52,10 @@ impl Fixture {
         names.sort();
         names
     }
+}
+
+fn copied(source: &File, part: &mut store::Part) -> Result<Digest> {
+    copy(source, part, None, &Progress::default()).map_err(|failure| failure.error)
 }
 
 #[test]
@@ -92,7 +97,7 @@ fn a_copy_that_was_cut_short_is_not_used_and_goes_on_where_it_was() {
     let before = metrics::cache().copied_bytes.get();
     let mut part = store.begin(&original, QUOTA).unwrap().unwrap();
     assert_eq!(part.entry.synced, 3 << 20);
-    let digest = copy(&file, &mut part, None, &Progress::default()).unwrap();
+    let digest = copied(&file, &mut part).unwrap();
     assert!(metrics::cache().copied_bytes.get() >= before + (2 << 20));
     part.complete(&digest).unwrap();
     assert_eq!(fixture.bytes(&original).unwrap(), bytes);
@@ -103,15 +108,47 @@ fn a_copy_that_had_its_name_and_no_description_yet_is_completed() {
     let fixture = Fixture::new();
     let (file, original) = fixture.source("a", 2 << 20);
     let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
-    copy(&file, &mut part, None, &Progress::default()).unwrap();
+    copied(&file, &mut part).unwrap();
     drop(part);
     let path = |kind| fixture.directory.path().join("cache").join(format!("{}.{kind}", original.id()));
     std::fs::rename(path("part"), path("image")).unwrap();
     assert!(fixture.bytes(&original).is_none(), "it is not described as complete");
     let mut part = fixture.store.begin(&original, QUOTA).unwrap().unwrap();
-    let digest = copy(&file, &mut part, None, &Progress::default()).unwrap();
+    let digest = copied(&file, &mut part).unwrap();
     part.complete(&digest).unwrap();
     assert!(fixture.bytes(&original).is_some());
+}
+
+#[test]
+fn a_copy_whose_bytes_somebody_removed_is_made_again() {
+    let fixture = Fixture::new();
+    let source = fixture.source("a", 2 << 20);
+    fixture.copy(&source, QUOTA).unwrap();
+    std::fs::remove_file(fixture.directory.path().join("cache").join(format!("{}.image", source.1.id()))).unwrap();
+    assert!(fixture.bytes(&source.1).is_none());
+    fixture.copy(&source, QUOTA).unwrap();
+    assert!(fixture.bytes(&source.1).is_some());
+}
+
+#[test]
+fn a_copy_that_cannot_be_marked_as_of_the_past_is_forgotten_and_who_uses_it_keeps_it() {
+    let fixture = Fixture::new();
+    for is_used in [false, true] {
+        let source = fixture.source("a", 1 << 20);
+        fixture.copy(&source, QUOTA).unwrap();
+        let used = fixture.store.get(&source.1).unwrap().filter(|_| is_used);
+        let new = fixture.directory.path().join("cache").join(format!("{}.new", source.1.id()));
+        // In its place nothing can be written.
+        std::fs::create_dir(&new).unwrap();
+        fixture.store.confirm(&source.1.name, None).unwrap_or_default();
+        std::fs::remove_dir(&new).unwrap();
+        assert!(fixture.store.entries().unwrap().is_empty());
+        fixture.store.sweep().unwrap();
+        assert_eq!(fixture.files().len(), if is_used { 2 } else { 1 }, "{:?}", fixture.files());
+        drop(used);
+        fixture.store.sweep().unwrap();
+        assert_eq!(fixture.files(), ["driver"]);
+    }
 }
 
 #[test]
@@ -123,7 +160,7 @@ fn an_image_that_changes_while_it_is_copied_has_no_copy() {
         // It grows, or shrinks.
         let writable = File::options().write(true).open(fixture.directory.path().join("a")).unwrap();
         writable.set_len(change).unwrap();
-        let error = copy(&file, &mut part, None, &Progress::default()).unwrap_err();
+        let error = copied(&file, &mut part).unwrap_err();
         assert_eq!(error.kind, Kind::Aborted, "{error}");
         part.discard().unwrap();
         assert_eq!(fixture.files(), ["driver"]);
@@ -154,7 +191,7 @@ fn what_was_used_longest_ago_makes_way_and_never_what_is_in_use() {
     drop((used, held));
     // What the server has no more goes before what was used longer ago.
     let new = Original { changed: 1, ..sources[3].1.clone() };
-    fixture.store.confirm(&new).unwrap();
+    fixture.store.confirm(&new.name, Some(&new)).unwrap();
     fixture.copy(&sources[2], bounds).unwrap();
     assert_eq!(there(&fixture), [true, true, true, false]);
 }
@@ -185,6 +222,7 @@ fn a_directory_that_others_could_write_to_is_not_trusted() {
     refused(&directory.path().join("link"), "a.csi.dev", "a symlink or no directory");
     std::fs::write(directory.path().join("file"), "").unwrap();
     Store::new(&directory.path().join("file"), "a.csi.dev").unwrap_err();
+    refused(directory.path(), "a.csi.dev", "is in it: give the driver one of its own");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o770)).unwrap();
     refused(&path, "a.csi.dev", "others may write to it");
     let cache = Cache::new(
@@ -200,17 +238,20 @@ fn what_is_torn_or_left_over_is_swept_and_what_is_in_use_is_not() {
     let source = fixture.source("a", 1 << 20);
     fixture.copy(&source, QUOTA).unwrap();
     let cache = fixture.directory.path().join("cache");
-    std::fs::write(cache.join("0123-4567.json"), "{").unwrap();
-    std::fs::write(cache.join("0123-4567.part"), "x").unwrap();
-    std::fs::write(cache.join("89ab-cdef.image"), "x").unwrap();
-    let used = File::open(cache.join("89ab-cdef.image")).unwrap();
+    let (torn, left) = (["0123456789abcdef"; 2].join("-"), ["fedcba9876543210"; 2].join("-"));
+    std::fs::write(cache.join(format!("{torn}.json")), "{").unwrap();
+    std::fs::write(cache.join(format!("{torn}.part")), "x").unwrap();
+    std::fs::write(cache.join(format!("{left}.image")), "x").unwrap();
+    std::fs::write(cache.join("of-somebody.else"), "x").unwrap();
+    let used = File::open(cache.join(format!("{left}.image"))).unwrap();
     rustix::fs::flock(&used, rustix::fs::FlockOperation::LockShared).unwrap();
     fixture.store.sweep().unwrap();
     let id = source.1.id();
-    assert_eq!(fixture.files().len(), 4, "{:?}", fixture.files());
+    assert_eq!(fixture.files().len(), 5, "{:?}", fixture.files());
     drop(used);
     fixture.store.sweep().unwrap();
-    let mut expected = ["driver".to_owned(), format!("{id}.image"), format!("{id}.json")];
+    let mut expected = ["driver", "of-somebody.else"].map(str::to_owned).to_vec();
+    expected.extend(["image", "json"].map(|kind| format!("{id}.{kind}")));
     expected.sort();
     assert_eq!(fixture.files(), expected);
 }
@@ -228,7 +269,7 @@ fn bytes_that_the_disk_did_not_keep_are_found_and_thrown_away() {
     let file = File::options().write(true).open(path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 2], 700_000).unwrap();
     let mut seen = Vec::new();
-    by_hand::verify(&cache, |entry, verified| seen.push((entry.original.name.path.clone(), verified))).unwrap();
+    by_hand::verify(&cache, |entry, verified| seen.push((entry.original.name.file(), verified))).unwrap();
     seen.sort_by(|one, other| one.0.cmp(&other.0));
     let expected =
         [("/images/bad".to_owned(), by_hand::Verified::Wrong), ("/images/good".to_owned(), by_hand::Verified::Right)];
@@ -248,7 +289,7 @@ fn copies_are_evicted_by_name_unless_they_are_in_use() {
     let mut told = Vec::new();
     let mut evict = |images: &[&str]| {
         let images: Vec<_> = images.iter().map(|image| (*image).to_owned()).collect();
-        by_hand::evict(&cache, &images, |entry, evicted| told.push((entry.original.name.path.clone(), evicted)))
+        by_hand::evict(&cache, &images, |entry, evicted| told.push((entry.original.name.file(), evicted)))
     };
     evict(&["/images/"]).unwrap();
     assert_eq!(evict(&["three"]).unwrap_err().kind, Kind::NotFound);

@@ -133,7 +133,7 @@ pub fn loop_devices(
     let describe = |attached: Attached| {
         let number = attached.device.number();
         let copy = copies.iter().find(|copy| stands_on(&attached, &copy.original.id()));
-        let image = copy.map(|copy| copy.original.name.path.clone());
+        let image = copy.map(|copy| copy.original.name.file());
         Loop {
             number,
             local: image.is_some(),

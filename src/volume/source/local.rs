@@ -54,7 +54,14 @@ impl Preparer {
                 let attached = self.attach(spec, copy, root, file_system, Origin::Copy).await?;
                 return Ok(ImageOnLoop { spec: spec.clone(), content: original.content(), attached });
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                if is_of_server(error.kind)
+                    && let Err(error) = self.cache.is_gone(&name).await
+                {
+                    tracing::warn!(%error, "an older copy is not marked");
+                }
+                return Err(error);
+            }
         };
         let (original, content) = (Original::of(name, &image), image.content);
         let root = self.root_hash(spec, Some(&base)).await?;
@@ -253,6 +260,11 @@ impl Mover {
             tracing::error!("an image goes on from its server: {error}");
         }
     }
+}
+
+/// Whether an error is the server's answer about a file, and not that there is none.
+fn is_of_server(kind: Kind) -> bool {
+    matches!(kind, Kind::NotFound | Kind::PermissionDenied | Kind::FailedPrecondition)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use rustix::fs::{Advice, FlockOperation, Mode, OFlags, fadvise, flock};
 use rustix::io::Errno;
 
 use super::{Bounds, Store};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::spec::Digest;
 use crate::volume::cache::original::{Entry, Original};
 
@@ -21,11 +21,14 @@ impl Store {
         let _lock = self.lock()?;
         let begin = || {
             let found = self.read(&id)?.map(|(_, entry)| entry);
+            let is_there = |kind| self.is_there(&format!("{id}.{kind}"));
+            // One whose bytes somebody removed is none.
+            let found = found.filter(|entry| !entry.is_complete() || is_there("image"));
             if found.as_ref().is_some_and(Entry::is_complete) {
                 return Ok(None);
             }
             // Cut short between getting its name and being described so.
-            if found.is_some() && !self.is_there(&format!("{id}.part")) && self.is_there(&format!("{id}.image")) {
+            if found.is_some() && !is_there("part") && is_there("image") {
                 self.rename(&format!("{id}.image"), &format!("{id}.part"))?;
             }
             let file = self.open_at(&format!("{id}.part"), OFlags::RDWR | OFlags::CREATE)?;
@@ -67,6 +70,12 @@ impl Part<'_> {
         &self.file
     }
 
+    /// What failed on the disk.
+    pub fn failed(&self, action: &str, error: &io::Error) -> Error {
+        let Part { store, entry, .. } = self;
+        Error::file(&format!("{action} the copy of {} in", entry.original.name), &store.path, error)
+    }
+
     /// Puts what was written on the disk, and says that it is there.
     pub fn sync(&mut self, length: u64) -> io::Result<()> {
         self.file.sync_data()?;
@@ -103,7 +112,8 @@ impl Part<'_> {
             self.entry.digest = Some(digest.to_string());
             self.store.write(&self.entry)
         };
-        complete().map_err(self.store.failed("complete", &id))
+        let completed: io::Result<()> = complete();
+        completed.map_err(|error| self.failed("complete", &error))
     }
 
     /// Throws away what is no copy of anything.

@@ -68,10 +68,9 @@ impl Store {
 
     fn evict_unused(&self, entry: &Entry) -> Result<bool> {
         let id = entry.original.id();
-        if self.is_used(&id).map_err(self.failed("lock", &id))? {
+        if !self.unlink_unused(&id).map_err(self.failed("remove", &id))? {
             return Ok(false);
         }
-        self.unlink(&id).map_err(self.failed("remove", &id))?;
         metrics::cache().evictions.inc();
         tracing::info!(image = %entry.original.name, bytes = entry.original.size, "the copy is evicted");
         Ok(true)

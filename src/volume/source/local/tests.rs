@@ -131,6 +131,17 @@ async fn what_the_server_has_no_more_is_not_begun_with_although_the_new_one_is_n
 }
 
 #[tokio::test]
+async fn what_the_server_said_is_gone_is_not_begun_with_when_it_is_silent() {
+    let node = Node::new().await;
+    publish(&node, NODE, "a").await.unwrap();
+    moved(&node).await;
+    std::fs::remove_file(node.kernel.export().join("image.sqsh")).unwrap();
+    assert_eq!(publish(&node, NODE, "b").await.unwrap_err().kind, Kind::NotFound);
+    node.stop_server().await;
+    assert_eq!(publish(&node, NODE, "c").await.unwrap_err().kind, Kind::Unavailable);
+}
+
+#[tokio::test]
 async fn an_image_that_is_not_what_the_volume_names_is_told_once_it_is_known_and_refused_from_then_on() {
     let node = Node::new().await;
     let wrong = format!("sha256:{}", "0".repeat(64));
