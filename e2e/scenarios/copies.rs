@@ -208,6 +208,36 @@ fn pods_that_run_get_copies_when_they_are_switched_on_and_outlive_their_server()
     driver.assert_nothing_left();
 }
 
+/// Linux 6.6 and newer shut such a file system down when its device gets another file.
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn an_ext4_image_is_copied_and_not_moved_and_the_next_pod_begins_with_the_copy() {
+    let tree = Tree::new(&[]);
+    let file = tree.path().join("file");
+    run("dd", &["if=/dev/urandom", &format!("of={}", file.display()), "bs=1M", "count=8", "status=none"]);
+    let digest = hash(&file).unwrap();
+    tree.ext4("/images/copied.ext4");
+    let driver = Driver::start_with(&["--cache-quota=1Gi", "--cache-min-free=1Mi"], Some("fsTypes: [ext4]"));
+    let (server, share) = (server(), ("share", "/images"));
+    let of = [("server", server.as_str()), share, ("image", "copied.ext4"), ("fsType", "ext4"), ("cache", "node")];
+    let volume = Volume::flat("v", &of).inline();
+    let target = driver.publish(&volume, "pod").unwrap();
+    wait_for("a copy", || files(&driver).iter().any(|name| name.ends_with(".image")));
+    fresh_caches();
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    let next = driver.publish(&volume, "next").unwrap();
+    assert_eq!(driver.loop_devices().len(), 2);
+    let link = Link::cut();
+    fresh_caches();
+    assert_eq!(hash(&next.join("file")).unwrap(), digest);
+    link.restore();
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    for pod in ["pod", "next"] {
+        driver.unpublish(&volume, pod).unwrap();
+    }
+    driver.assert_nothing_left();
+}
+
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn a_disk_that_fills_up_costs_a_pod_nothing_but_the_copy() {

@@ -105,15 +105,7 @@ impl Image {
     /// The errors are those of a wrong file: `EMEDIUMTYPE` where the content is not of this type, `ENODATA` where there is less of it
     /// than its superblock says.
     pub fn check(&self, path: &str, file_system: FileSystem) -> Result<()> {
-        let mut head = Vec::new();
-        let mut block = [0; SUPERBLOCK];
-        while head.len() < block.len() {
-            match self.file.read_at(&mut block, head.len() as u64) {
-                Ok(0) => break,
-                Ok(length) => head.extend_from_slice(&block[..length]),
-                Err(error) => return Err(unreadable(path, errno_of(&error))),
-            }
-        }
+        let head = self.head().map_err(|error| unreadable(path, errno_of(&error)))?;
         match file_system.stated_size(&head) {
             None => Err(unreadable(path, Errno::MEDIUMTYPE).with_hint(format!(
                 "this is not a {} image: {}",
@@ -137,6 +129,24 @@ impl Image {
             }
             Some(_) => Ok(()),
         }
+    }
+
+    /// Whether what is mounted of a device with this image goes on when that gets another file (LOOP_CHANGE_FD): Linux 6.6 and newer shut
+    /// down ext4 and xfs (fs/super.c, fs_bdev_mark_dead).
+    pub fn is_movable(&self) -> Result<bool> {
+        let head = self.head().doing(|| "read the superblock of an image".into())?;
+        Ok(![FileSystem::Ext4, FileSystem::Xfs].iter().any(|it| it.stated_size(&head).is_some()))
+    }
+
+    fn head(&self) -> std::io::Result<Vec<u8>> {
+        let (mut head, mut block) = (Vec::new(), [0; SUPERBLOCK]);
+        while head.len() < block.len() {
+            match self.file.read_at(&mut block, head.len() as u64)? {
+                0 => break,
+                length => head.extend_from_slice(&block[..length]),
+            }
+        }
+        Ok(head)
     }
 }
 
@@ -198,6 +208,14 @@ mod tests {
         assert!(error.to_string().contains("inside of one, at 2100 bytes"), "{error}");
         with(2100, 2048).unwrap();
         with(2560, 2100).unwrap();
+    }
+
+    #[test]
+    fn only_what_the_kernel_does_not_shut_down_is_moved() {
+        let mut ext4 = vec![0; 2048];
+        ext4[1024 + 56..1024 + 58].copy_from_slice(&0xEF53u16.to_le_bytes());
+        assert!(!image(&ext4).1.is_movable().unwrap());
+        assert!(image(&squashfs(2048)).1.is_movable().unwrap());
     }
 
     #[test]

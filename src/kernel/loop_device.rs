@@ -4,9 +4,11 @@
 //! none. Each is freed by the kernel with its last user (`LO_FLAGS_AUTOCLEAR`): an open [`LoopDevice`] is a user, a mounted file system
 //! is one.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::loop_device::{
@@ -24,6 +26,12 @@ use super::image::{Image, ImageIdentity};
 pub const MAJOR: u32 = 7;
 /// How long an attach is tried again when somebody else took the device, or the device node is not there yet.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a device that is to get another file is watched for a moment without reads, and how long until one will do in which all of
+/// a little earlier were answered.
+const WATCHED: Duration = Duration::from_secs(10);
+const QUIET: Duration = Duration::from_secs(5);
+const EARLIER: Duration = Duration::from_millis(100);
 
 /// In the name of devices below another that verifies.
 const VERITY: &str = ":v";
@@ -98,7 +106,7 @@ impl LoopDevice {
 
     /// For a double, which holds something else open.
     #[cfg(test)]
-    pub(super) fn of_number(number: u32, fd: OwnedFd) -> Self {
+    pub(crate) fn of_number(number: u32, fd: OwnedFd) -> Self {
         LoopDevice { number, fd }
     }
 
@@ -122,9 +130,13 @@ impl LoopDevice {
         Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, "csi-squashfs-scratch")
     }
 
-    /// Puts a copy of the device's image in its place, under whoever reads in it. Waits for the reads that are under way, and others wait
-    /// meanwhile: not for where a server may not answer.
+    /// Puts a copy of the device's image in its place, under whoever reads in it.
+    ///
+    /// The kernel waits for the reads that are under way, for however long, and whoever asks the device anything waits with it: a moment is
+    /// looked for in which there are none, or in which they are being answered. `EBUSY` where there is no such moment.
     pub fn change_backing(&self, copy: &Image) -> Result<()> {
+        self.wait_for_answered_reads()?;
+        let _moving = Moving::new(self.number);
         // SAFETY: LOOP_CHANGE_FD takes a file descriptor.
         match unsafe { libc::ioctl(self.fd.as_raw_fd(), LOOP_CHANGE_FD as _, copy.file.as_raw_fd()) } {
             0 => Ok(()),
@@ -132,6 +144,27 @@ impl LoopDevice {
                 Err(Error::new(format!("move /dev/loop{} to another file (LOOP_CHANGE_FD)", self.number), last_errno()))
             }
         }
+    }
+
+    fn wait_for_answered_reads(&self) -> Result<()> {
+        let start = Instant::now();
+        let (mut since, mut earlier) = (start, reads(self.number));
+        while start.elapsed() < WATCHED {
+            let now = reads(self.number);
+            if now.under_way == 0 {
+                return Ok(());
+            }
+            if since.elapsed() >= EARLIER {
+                let were_answered = now.answered.saturating_sub(earlier.answered) >= earlier.under_way;
+                if were_answered && start.elapsed() >= QUIET {
+                    return Ok(());
+                }
+                (since, earlier) = (Instant::now(), now);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let error = Error::new(format!("move /dev/loop{} to another file", self.number), Errno::BUSY);
+        Err(error.with_hint("reads of it wait for their server"))
     }
 
     fn configure_free(file: &File, flags: u32, name: &str) -> Result<Self> {
@@ -174,6 +207,29 @@ impl LoopDevice {
     }
 }
 
+/// The devices to which this process is giving another file: whoever asks one of them anything waits as long as that takes.
+static MOVING: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// One of [`MOVING`], while this lives.
+struct Moving(u32);
+
+impl Moving {
+    fn new(number: u32) -> Self {
+        Moving::all().insert(number);
+        Moving(number)
+    }
+
+    fn all() -> MutexGuard<'static, BTreeSet<u32>> {
+        MOVING.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        Moving::all().remove(&self.0);
+    }
+}
+
 /// A device of this driver, as the kernel describes it.
 #[derive(Debug)]
 pub struct Attached {
@@ -189,11 +245,13 @@ pub struct Attached {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reads {
     pub bytes: u64,
+    pub answered: u64,
     /// Reads that have no answer yet.
     pub under_way: u64,
 }
 
-/// All devices that carry `tag`, by number. Each is held open while the answer lives.
+/// All devices that carry `tag`, by number, but for those to which this process is giving another file. Each is held open while the answer
+/// lives.
 pub fn list(tag: &Tag) -> Result<Vec<Attached>> {
     let mut attached = Vec::new();
     for number in candidates()? {
@@ -216,7 +274,7 @@ fn backing_file(number: u32) -> Option<String> {
 fn reads(number: u32) -> Reads {
     let stat = std::fs::read_to_string(format!("/sys/block/loop{number}/stat")).unwrap_or_default();
     let field = |at| stat.split_whitespace().nth(at).and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
-    Reads { bytes: field(2) * 512, under_way: field(8) }
+    Reads { answered: field(0), bytes: field(2) * 512, under_way: field(8) }
 }
 
 /// The device, if it is attached and ours.
@@ -248,10 +306,11 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity,
 /// possible: to ask for its state may ask its file's server.
 fn candidates() -> Result<Vec<u32>> {
     let entries = std::fs::read_dir("/sys/block").doing(|| "list /sys/block".into())?;
+    let moving = Moving::all().clone();
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let is_set = |name| std::fs::read_to_string(entry.path().join(name)).is_ok_and(|text| text.trim_end() == "1");
-        (is_set("ro") && is_set("loop/autoclear")).then_some(number)
+        (!moving.contains(&number) && is_set("ro") && is_set("loop/autoclear")).then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }

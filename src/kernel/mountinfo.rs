@@ -28,12 +28,21 @@ pub struct MountInfo {
 impl MountInfo {
     /// The number of the loop device that is mounted, or that a device stands on which is.
     pub fn loop_device(&self) -> Option<u32> {
-        match self.device {
-            (loop_device::MAJOR, number) => Some(number),
-            // Of no device, as NFS and overlay.
-            (0, _) => None,
-            device => device_mapper::loop_device_below(device),
-        }
+        loop_device_of(self.device)
+    }
+}
+
+/// The number of the loop device on which files with this `st_dev` are.
+pub fn loop_device_below(device: u64) -> Option<u32> {
+    loop_device_of((rustix::fs::major(device), rustix::fs::minor(device)))
+}
+
+fn loop_device_of(device: (u32, u32)) -> Option<u32> {
+    match device {
+        (loop_device::MAJOR, number) => Some(number),
+        // Of no device, as NFS and overlay.
+        (0, _) => None,
+        device => device_mapper::loop_device_below(device),
     }
 }
 

@@ -249,7 +249,7 @@ pub fn hexadecimal(bytes: &[u8]) -> String {
 }
 
 /// A root hash that [`hexadecimal`] wrote.
-pub(super) fn read_hexadecimal(text: &str) -> Option<RootHash> {
+pub fn read_hexadecimal(text: &str) -> Option<RootHash> {
     let mut root = RootHash::default();
     for (at, byte) in root.iter_mut().enumerate() {
         *byte = u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()?;

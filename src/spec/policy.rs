@@ -130,9 +130,10 @@ impl Policy {
         !self.namespaces.is_empty() || self.writable_layers.per_namespace != Share::default()
     }
 
-    /// Whether images may be copied to the node's disk where a volume does not say so.
-    pub fn node_cache(&self) -> bool {
-        self.node_cache
+    /// Whether images may be copied to the node's disk where a volume of the namespace does not say so. Where the namespace is not known, as
+    /// when a volume is staged, each must be one that may.
+    pub fn node_cache(&self, namespace: Option<&str>) -> bool {
+        namespace.map_or_else(|| self.all().all(|policy| policy.node_cache), |namespace| self.of(namespace).node_cache)
     }
 
     /// Public keys of minisign(1), by which the root hashes beside images may be signed.

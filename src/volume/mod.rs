@@ -76,10 +76,10 @@ use crate::spec::policy::Policy;
 use crate::spec::{Allowed, Parsed};
 use cache::Cache;
 use in_flight::{InFlight, Key, Lease, Request};
-use record::Records;
+use record::{Record, Records};
 use report::Report;
 use source::mark::Mark;
-use source::{Known, Prepared, Preparer};
+use source::{Known, Prepared, Preparer, Published};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -282,8 +282,10 @@ impl Volumes {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             loop {
-                if let Err(error) = this.tend_copies_now().await {
-                    tracing::error!(%error, "see to the copies of images");
+                match tokio::time::timeout(TEND, this.tend_copies_now()).await {
+                    Ok(Err(error)) => tracing::error!(%error, "see to the copies of images"),
+                    Ok(Ok(())) => {}
+                    Err(_) => tracing::debug!("a server is not done with yet"),
                 }
                 tokio::time::sleep(TEND).await;
             }
@@ -293,8 +295,19 @@ impl Volumes {
     async fn tend_copies_now(&self) -> Result<()> {
         let records = self.records.clone();
         let list = blocking::run("list the records", move || records.list()).await?;
-        let images: HashMap<_, _> = list.records.into_iter().flat_map(|record| record.images).collect();
-        self.preparer.tend(images.into_iter().collect()).await
+        let mut all = Vec::new();
+        for Record { mount, namespace, images, .. } in list.records {
+            // No server is asked that the policy does not allow any more.
+            if Allowed::new(mount, self.preparer.policy(), namespace.as_deref()).is_ok() {
+                for (image, content) in images {
+                    let published = Published { image, content, namespace: namespace.clone() };
+                    if !all.contains(&published) {
+                        all.push(published);
+                    }
+                }
+            }
+        }
+        self.preparer.tend(all).await
     }
 
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves

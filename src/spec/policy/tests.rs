@@ -298,6 +298,13 @@ fn writable_layers_are_of_a_kind_and_a_size() {
 }
 
 #[test]
+fn images_are_copied_by_default_where_the_namespace_may_and_where_it_is_not_known_if_all_may() {
+    let policy = Policy::parse("namespaces: [{names: [a], policy: {nodeCache: false}}]").unwrap();
+    assert_eq!([Some("a"), Some("b"), None].map(|namespace| policy.node_cache(namespace)), [false, true, false]);
+    assert!(Policy::parse("{}").unwrap().node_cache(None));
+}
+
+#[test]
 fn a_namespace_has_the_first_policy_that_names_it() {
     let policy = Policy::parse(
         "servers: [{host: a}]\nnamespaces: [{names: [team-a], policy: {servers: [{host: b}]}}, {names: ['team-*', \

@@ -62,7 +62,8 @@ pub fn evict(directory: &Path, images: &[String], mut each: impl FnMut(&Entry, b
     Ok(())
 }
 
-fn open(directory: &Path) -> Result<Option<Store>> {
+/// The directory, if it is there.
+pub fn open(directory: &Path) -> Result<Option<Store>> {
     match directory.try_exists() {
         Ok(false) => Ok(None),
         _ => Store::open(directory).map(Some),

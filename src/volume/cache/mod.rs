@@ -1,40 +1,28 @@
 //! Copies of images on the node's disk: made in the background, used by what starts next, and thrown away when others need the room.
 //!
 //! What is there, and what it is a copy of, the directory alone says ([`store`]). In memory is only what this process is copying, and what
-//! it failed to.
+//! it failed to ([`making`]).
 
 pub mod by_hand;
 mod copy;
+mod making;
 mod original;
 mod store;
 
-use std::collections::HashMap;
-use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
-
-pub use original::{Entry, Name, Original, stands_on};
+pub use making::{Source, UnderWay};
+pub use original::{Entry, Name, Original};
 pub use store::{Bounds, Store};
 
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::Image;
-use crate::lock::lock;
+use crate::kernel::loop_device::Attached;
 use crate::metrics;
-use crate::places::{Places, run_at};
 use crate::spec::{Cache as Wanted, Digest, Loopback};
-use copy::Progress;
-
-/// How long after a copy failed it is tried again.
-const AGAIN: Duration = Duration::from_secs(60);
-/// A copy that gets less than so many bytes in so long is no reason for others to wait, whether its server cannot do better or will not.
-const STALLED: Duration = Duration::from_secs(10);
-const LEAST: u64 = 1 << 20;
+use making::Making;
 
 /// How a node keeps copies.
 #[derive(Clone, Debug)]
@@ -57,27 +45,7 @@ pub struct Cache {
 struct On {
     config: CacheConfig,
     store: Arc<Store>,
-    turns: Arc<Semaphore>,
-    copies: Arc<Mutex<HashMap<String, State>>>,
-}
-
-/// What this process knows of a copy that is not complete.
-#[derive(Clone, Debug)]
-enum State {
-    Running { original: Original, progress: Arc<Progress> },
-    Failed { original: Original, at: Instant, why: String },
-}
-
-/// A copy that is not complete, as others are told of it.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct UnderWay {
-    pub image: String,
-    pub size: u64,
-    pub copied: u64,
-    /// Why it goes on from the server; it is tried again.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub failed: Option<String>,
+    making: Making,
 }
 
 /// The copies of a node at one moment.
@@ -87,13 +55,6 @@ pub struct Kept {
     pub bytes: u64,
     pub quota: u64,
     pub entries: Vec<Entry>,
-}
-
-/// An image that is open on its server.
-pub struct Source {
-    pub original: Original,
-    pub file: OffThread<File>,
-    pub places: Option<Places>,
 }
 
 impl Cache {
@@ -110,8 +71,8 @@ impl Cache {
         });
         match opened {
             Ok(store) => {
-                let (turns, copies) = (Arc::new(Semaphore::new(config.copies)), Arc::default());
-                Cache { on: Ok(On { config, store: Arc::new(store), turns, copies }) }
+                let (making, store) = (Making::new(config.copies), Arc::new(store));
+                Cache { on: Ok(On { config, store, making }) }
             }
             Err(error) => {
                 tracing::error!("no image is copied to this node: {error}");
@@ -213,49 +174,14 @@ impl Cache {
         blocking::run("look for a copy of the image", look).await
     }
 
-    /// Copies an image, after others where there are many, and opens the copy. `None` where another is at it, or it failed a moment ago: what
-    /// failed is logged and told to who asks, and tried again at a later call.
-    pub async fn copy(&self, source: Source) -> Result<Option<OffThread<Image>>> {
-        let Ok(on) = &self.on else { return Ok(None) };
-        let (id, original) = (source.original.id(), source.original.clone());
-        let progress = Arc::<Progress>::default();
-        let before = {
-            let mut copies = lock(&on.copies);
-            copies.retain(|_, state| !matches!(state, State::Failed { at, .. } if at.elapsed() > 10 * AGAIN));
-            match copies.get(&id) {
-                Some(State::Running { .. }) => return Ok(None),
-                Some(State::Failed { at, .. }) if at.elapsed() < AGAIN => return Ok(None),
-                Some(State::Failed { .. }) | None => {}
-            }
-            copies.insert(id.clone(), State::Running { original: original.clone(), progress: Arc::clone(&progress) })
-        };
-        let under_way = metrics::UnderWay::new();
-        let copied = on.copy(source, &progress).await;
-        drop(under_way);
-        match copied {
-            Ok(image) => {
-                lock(&on.copies).remove(&id);
-                Ok(image)
-            }
-            Err(error) => {
-                // Said once, and not at each time that it is tried again.
-                if !matches!(before, Some(State::Failed { why, .. }) if why == error.message) {
-                    tracing::error!("{} is read from its server: {error}", original.name);
-                }
-                metrics::cache().failures.inc();
-                let failed = State::Failed { original, at: Instant::now(), why: error.message.clone() };
-                lock(&on.copies).insert(id, failed);
-                Err(error)
-            }
-        }
+    /// The ID of the copy that a loop device stands on. Waits for the disk.
+    pub fn below(&self, device: &Attached) -> Option<String> {
+        self.on.as_ref().ok()?.store.below(device)
     }
 
-    /// What this process copies now, and what it failed to.
-    pub fn under_way(&self) -> Vec<UnderWay> {
-        let Ok(on) = &self.on else { return Vec::new() };
-        let mut all: Vec<_> = lock(&on.copies).values().map(describe).collect();
-        all.sort_by(|one, other| one.image.cmp(&other.image));
-        all
+    /// The image whose copy a loop device stands on, by its path on its server. Waits for the disk.
+    pub fn image_below(&self, device: &Attached) -> Option<String> {
+        self.on.as_ref().ok()?.store.image_below(device)
     }
 
     /// What is kept, and how much of what may be; `None` where nothing is. Waits for the disk.
@@ -264,55 +190,6 @@ impl Cache {
         let entries = on.store.entries()?;
         Ok(Some(Kept { bytes: on.store.usage()?, quota: on.config.bounds.quota, entries }))
     }
-}
-
-impl On {
-    async fn copy(&self, source: Source, progress: &Arc<Progress>) -> Result<Option<OffThread<Image>>> {
-        let turn = self.turns.acquire().await.expect("nobody closes it");
-        let (store, config, seen) = (Arc::clone(&self.store), self.config.clone(), Arc::clone(progress));
-        let Source { original, file, places } = source;
-        let step = format!("copy {} to this node", original.name);
-        let work = move || {
-            if let Some(mut part) = store.begin(&original, config.bounds)? {
-                match copy::copy(&file, &mut part, config.rate, &seen) {
-                    Ok(digest) => part.complete(&digest)?,
-                    Err(copy::Failure { error, goes_on: true }) => return Err(error),
-                    Err(copy::Failure { error, goes_on: false }) => {
-                        if let Err(error) = part.discard() {
-                            tracing::warn!(%error, "a copy that is of no use stays");
-                        }
-                        return Err(error);
-                    }
-                }
-            }
-            Ok::<_, Error>(usable(&store, &original).map(|(_, copy)| copy))
-        };
-        let copying = run_at(places, step, work);
-        tokio::pin!(copying);
-        let least = self.config.rate.map_or(LEAST, |rate| LEAST.min(rate * STALLED.as_secs() / 2));
-        let (mut turn, mut last) = (Some(turn), 0);
-        loop {
-            match tokio::time::timeout(STALLED, &mut copying).await {
-                Ok(copied) => return copied,
-                Err(_) => {
-                    let now = progress.bytes.load(Ordering::Relaxed);
-                    if now.saturating_sub(last) < least {
-                        // The next one goes ahead, and this one goes on when it can.
-                        turn.take();
-                    }
-                    last = now;
-                }
-            }
-        }
-    }
-}
-
-fn describe(state: &State) -> UnderWay {
-    let (original, copied, failed) = match state {
-        State::Running { original, progress } => (original, progress.bytes.load(Ordering::Relaxed), None),
-        State::Failed { original, why, .. } => (original, 0, Some(why.clone())),
-    };
-    UnderWay { image: original.name.to_string(), size: original.size, copied, failed }
 }
 
 /// The copy of an image where it can be used. A disk that fails is no reason to fail a volume, which has its server.
@@ -335,7 +212,7 @@ fn usable(store: &Store, original: &Original) -> Option<(Entry, OffThread<Image>
     }
 }
 
-/// Why a volume gets nothing: in the words of its condition, too.
+/// Why a volume gets nothing; its condition says so too.
 pub fn other_bytes(entry: &Entry, digest: Option<Digest>) -> Error {
     let (is, wanted) = (entry.digest.as_deref().unwrap_or_default(), digest.map(|digest| digest.to_string()));
     let message = format!("{} is {is}, and the volume names {}", entry.original.name, wanted.unwrap_or_default());

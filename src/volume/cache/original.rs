@@ -4,7 +4,6 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::kernel::image::{Content, Image};
-use crate::kernel::loop_device::Attached;
 use crate::spec::{Base, Digest, Loopback, Mount};
 
 /// Where an image is. Two users of one server who name the same file share a copy of it, and nobody else does.
@@ -149,13 +148,6 @@ impl Entry {
     pub fn has(&self, digest: Option<Digest>) -> bool {
         digest.is_none_or(|digest| self.digest.as_deref() == Some(&digest.to_string()))
     }
-}
-
-/// Whether a device stands on the copy of this name, which may have been thrown away since.
-pub fn stands_on(device: &Attached, copy: &str) -> bool {
-    let file = device.backing_file.as_deref().unwrap_or_default();
-    let file = file.strip_suffix(" (deleted)").unwrap_or(file);
-    file.rsplit('/').next().and_then(|name| name.strip_suffix(".image")) == Some(copy)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ pub use room::Bounds;
 
 use super::original::{Entry, Name, Original, is_id};
 use crate::error::{Error, Kind, Result};
+use crate::kernel::loop_device::Attached;
 
 /// The file that says whose directory it is.
 const OWNER: &str = "driver";
@@ -253,6 +254,28 @@ impl Store {
             }
         }
         first_error.map_or(Ok(()), Err)
+    }
+
+    /// The ID of the copy that a loop device stands on, if it does on one of this directory. It may have been thrown away since.
+    pub fn below(&self, device: &Attached) -> Option<String> {
+        let file = device.backing_file.as_deref()?;
+        let (file, is_gone) = file.strip_suffix(" (deleted)").map_or((file, false), |file| (file, true));
+        let name = file.rsplit('/').next()?;
+        let (id, _) = split(name).filter(|(_, kind)| *kind == "image")?;
+        let stat = match is_gone {
+            true => rustix::fs::fstat(&self.directory),
+            false => rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW),
+        };
+        let stat = stat.ok()?;
+        let is_it = stat.st_dev == device.identity.device && (is_gone || stat.st_ino == device.identity.inode);
+        is_it.then(|| id.to_owned())
+    }
+
+    /// The same as the path of the image on its server, where that is still known.
+    pub fn image_below(&self, device: &Attached) -> Option<String> {
+        let id = self.below(device)?;
+        let entry = self.read(&id).ok().flatten();
+        Some(entry.map_or_else(|| format!("of the copy {id}"), |(_, entry)| entry.original.name.file()))
     }
 
     fn is_there(&self, name: &str) -> bool {

@@ -2,8 +2,11 @@
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-use super::copy::copy;
+use super::copy::{Progress, copy};
 use super::*;
+use crate::kernel::loop_device::{LoopDevice, Purpose, Reads};
+use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 
 const QUOTA: Bounds = Bounds { quota: 1 << 30, min_free: 1 };
@@ -300,6 +303,59 @@ fn copies_are_evicted_by_name_unless_they_are_in_use() {
     assert_eq!(told, expected.map(|(path, evicted)| (path.to_owned(), evicted)));
     assert_eq!(fixture.files(), ["driver"]);
     assert!(by_hand::list(&fixture.directory.path().join("absent")).unwrap().is_empty());
+}
+
+#[test]
+fn a_loop_device_stands_on_a_copy_by_the_file_that_it_has_and_not_by_the_name_of_that() {
+    let fixture = Fixture::new();
+    let source = fixture.source("a", 1 << 20);
+    fixture.copy(&source, QUOTA).unwrap();
+    let (id, cache) = (source.1.id(), fixture.directory.path().join("cache"));
+    let of = |file: &Path, end: &str| {
+        let (device, path) = (LoopDevice::of_number(7, File::open(file).unwrap().into()), file.display());
+        let content = Image::look_again(&File::open(file).unwrap()).unwrap().0;
+        let identity = Image::copy(File::open(file).unwrap(), content, source.1.changed).unwrap().identity;
+        let backing_file = Some(format!("{path}{end}"));
+        Attached { device, identity, purpose: Purpose::FileSystem, backing_file, reads: Reads::default() }
+    };
+    let copy = cache.join(format!("{id}.image"));
+    assert_eq!(fixture.store.below(&of(&copy, "")), Some(id.clone()));
+    assert_eq!(fixture.store.image_below(&of(&copy, "")).as_deref(), Some("/images/a"));
+    let elsewhere = fixture.directory.path().join(format!("{id}.image"));
+    std::fs::write(&elsewhere, "of somebody").unwrap();
+    assert_eq!(fixture.store.below(&of(&elsewhere, "")), None);
+    for other in ["a", "cache/driver"] {
+        assert_eq!(fixture.store.below(&of(&fixture.directory.path().join(other), "")), None);
+    }
+    let device = of(&copy, " (deleted)");
+    std::fs::remove_file(copy).unwrap();
+    assert_eq!(fixture.store.below(&device), Some(id));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_gives_nothing_holds_up_two_copies_and_no_other_is_begun_from_it() {
+    let fixture = Fixture::new();
+    let directory = fixture.directory.path().join("slow");
+    // Each begins, and then waits for longer than anybody does.
+    let config = CacheConfig { directory, bounds: QUOTA, rate: Some(1), copies: 1, by_default: false };
+    let cache = Arc::new(Cache::new(config, "a.csi.dev"));
+    let copy = |name: &str, server: &str| {
+        let (file, mut original) = fixture.source(name, 100_000);
+        original.name.server = server.into();
+        let (cache, source) = (Arc::clone(&cache), Source { original, file: OffThread::new(file), places: None });
+        async move { cache.copy(source).await }
+    };
+    for name in ["a", "b"] {
+        tokio::spawn(copy(name, "slow"));
+    }
+    while cache.under_way().len() < 2 {
+        tokio::task::yield_now().await;
+    }
+    let error = copy("c", "slow").await.unwrap_err();
+    assert!(error.message.contains("2 copies from slow get nothing"), "{error}");
+    assert_eq!(cache.under_way().iter().filter(|copy| copy.failed.is_none()).count(), 2);
+    let other = tokio::time::timeout(std::time::Duration::from_secs(3600), copy("d", "other")).await;
+    assert!(other.is_err(), "it is begun");
 }
 
 /// Images come and go, and are used meanwhile: never more than the quota, never a wrong byte.

@@ -12,8 +12,9 @@ use super::format::Mount as Written;
 use super::{Records, name_of};
 use crate::error::{Error, Result};
 use crate::kernel::image::ImageIdentity;
+use crate::kernel::verity;
 use crate::spec::Mount;
-use crate::volume::source::Known;
+use crate::volume::source::{ImageKey, Known};
 
 /// What is written; other formats are not read.
 const FORMAT: u32 = 1;
@@ -35,14 +36,18 @@ struct Identity {
     inode: u64,
     size: u64,
     changed: u64,
+    /// Of an image that is verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    root: Option<String>,
 }
 
 impl Records {
     pub fn write_staged(&self, volume_id: &str, mount: &Mount, images: &[Known]) -> Result<()> {
         let path = self.staged(volume_id);
         let identity = |known: &Known| {
-            let ImageIdentity { device, inode, size, changed } = known.identity;
-            Identity { device, inode, size, changed }
+            let ImageIdentity { device, inode, size, changed } = known.key.identity;
+            let root = known.key.verity.map(|root| verity::hexadecimal(&root));
+            Identity { device, inode, size, changed, root }
         };
         let contents = images.iter().map(|known| (known.image.clone(), known.content)).collect();
         let write = || {
@@ -115,10 +120,10 @@ fn read(path: &Path, volume_id: &str, mount: &Mount) -> io::Result<Option<Vec<Kn
     if written != *mount || images.len() != text.identities.len() {
         return Ok(None);
     }
-    let known = |((image, content), Identity { device, inode, size, changed }): ((_, _), Identity)| Known {
-        image,
-        content,
-        identity: ImageIdentity { device, inode, size, changed },
+    let known = |((image, content), Identity { device, inode, size, changed, root }): ((_, _), Identity)| {
+        let verity = root.and_then(|root| verity::read_hexadecimal(&root));
+        let key = ImageKey { identity: ImageIdentity { device, inode, size, changed }, verity };
+        Known { image, content, key }
     };
     Ok(Some(images.into_iter().zip(text.identities).map(known).collect()))
 }

@@ -13,7 +13,7 @@ use crate::lock::lock;
 use crate::single_flight::Flights;
 use crate::spec::Loopback;
 use crate::volume::record::Record;
-use crate::volume::source::Preparer;
+use crate::volume::source::{Device, Preparer};
 
 /// How long an answer is good for: the kubelet asks about every volume each minute or so, and many volumes share an image.
 const FRESH: Duration = Duration::from_secs(30);
@@ -49,23 +49,28 @@ impl Conditions {
     /// Never waits longer than a few seconds for an image. Images of the node, and images inside of images, cannot change unnoticed by
     /// the node's own people and are not looked at.
     pub async fn of(&self, record: &Record) -> Option<String> {
+        let below = self.preparer.devices_below(record.target.clone()).await.unwrap_or_else(|error| {
+            // Nothing better is known then than what the server says.
+            tracing::debug!(%error, "what a volume stands on is not known");
+            Vec::new()
+        });
         for (image, attached) in &record.images {
             if let Some(export) = image.base.export() {
-                if let Err(error) = self.preparer.check_digest(image, *attached).await {
-                    return Some(format!("image {} is not the one that is wanted: {error}", image.path));
+                let devices: Vec<_> = below.iter().filter(|device| device.is_of(image, *attached)).collect();
+                if let Some(trouble) = self.preparer.digest_trouble(image, *attached).await {
+                    return Some(format!("image {} of {export} {trouble}", image.path));
                 }
-                if self.preparer.is_corrupted(image, *attached).await.unwrap_or_default() {
+                if devices.iter().any(|device| device.is_corrupted) {
                     return Some(format!("image {} of {export} {CORRUPTED}", image.path));
                 }
                 let now = self.look_at(image).await;
                 if now.as_ref().is_ok_and(|now| now == attached) {
-                    match self.hangs(attached).await {
+                    match lock(&self.reads).hang(&devices, Instant::now()) {
                         true => return Some(format!("image {} of {export} {HANGS}", image.path)),
                         false => continue,
                     }
                 }
-                // Where even that cannot be found out, nothing better is known than what the server says.
-                let is_local = self.preparer.is_local(image, *attached).await.unwrap_or_default();
+                let is_local = !devices.is_empty() && devices.iter().all(|device| device.is_local());
                 let wrong = match now {
                     Ok(now) => changed(attached, &now, is_local),
                     Err(error) if error.kind == Kind::NotFound => Some(match is_local {
@@ -81,23 +86,6 @@ impl Conditions {
             }
         }
         None
-    }
-
-    /// Whether reads of this image get no answer: its server may answer, and be elsewhere.
-    async fn hangs(&self, attached: &Content) -> bool {
-        let is_due = {
-            let mut reads = lock(&self.reads);
-            let is_due = reads.looked.is_none_or(|looked| looked.elapsed() >= PATIENCE);
-            reads.looked = is_due.then(Instant::now).or(reads.looked);
-            is_due
-        };
-        if is_due {
-            match self.preparer.reads().await {
-                Ok(now) => lock(&self.reads).look_at(now, Instant::now()),
-                Err(error) => tracing::debug!(%error, "whether reads hang is not known"),
-            }
-        }
-        lock(&self.reads).hang(attached)
     }
 
     async fn look_at(&self, image: &Loopback) -> Result<Content> {
@@ -123,32 +111,25 @@ impl Conditions {
     }
 }
 
-/// Loop devices with reads that had no answer when they were looked at.
+/// Loop devices with reads that had no answer when they were looked at: what they are of, how much was read by then, and since when that
+/// is so.
 #[derive(Default)]
-struct UnansweredReads {
-    looked: Option<Instant>,
-    /// What they are of, how much was read by then, and since when that is so.
-    devices: HashMap<u32, (ImageIdentity, u64, Instant)>,
-    hang: Vec<ImageIdentity>,
-}
+struct UnansweredReads(HashMap<u32, (ImageIdentity, u64, Instant)>);
 
 impl UnansweredReads {
-    fn look_at(&mut self, devices: Vec<(u32, ImageIdentity, Reads)>, now: Instant) {
-        let before = std::mem::take(&mut self.devices);
-        let waiting = devices.into_iter().filter(|(_, _, reads)| reads.under_way > 0);
-        self.devices = waiting
-            .map(|(device, identity, Reads { bytes, .. })| {
-                let known = before.get(&device).filter(|known| (known.0, known.1) == (identity, bytes));
-                (device, (identity, bytes, known.map_or(now, |known| known.2)))
-            })
-            .collect();
-        let hang = self.devices.values().filter(|(_, _, since)| now.duration_since(*since) >= LONG);
-        self.hang = hang.map(|(identity, ..)| *identity).collect();
-    }
-
-    /// Whether nothing was read of this image for a while although somebody reads in it.
-    fn hang(&self, image: &Content) -> bool {
-        self.hang.iter().any(|identity| (identity.inode, identity.size) == (image.inode, image.size))
+    /// Whether nothing was read of one of these for a while although somebody reads: its server may answer, and be elsewhere.
+    fn hang(&mut self, devices: &[&Device], now: Instant) -> bool {
+        let mut hang = |device: &Device| {
+            let Device { number, identity, reads: Reads { bytes, under_way, .. }, .. } = *device;
+            let before = self.0.remove(&number).filter(|known| (known.0, known.1) == (identity, bytes));
+            let since = before.map_or(now, |known| known.2);
+            if under_way > 0 {
+                self.0.insert(number, (identity, bytes, since));
+            }
+            under_way > 0 && now.duration_since(since) >= LONG
+        };
+        // Each is looked at.
+        devices.iter().filter(|device| hang(device)).count() > 0
     }
 }
 
@@ -173,12 +154,13 @@ mod tests {
 
     #[test]
     fn reads_that_get_no_answer_for_a_while_are_told_from_those_that_are_under_way() {
-        let (mut reads, start) = (UnansweredReads::default(), Instant::now());
+        let (mut unanswered, start) = (UnansweredReads::default(), Instant::now());
         let identity = ImageIdentity { device: 1, inode: 2, size: 3, changed: 4 };
         let mut look = |bytes, under_way, seconds| {
-            reads.look_at(vec![(7, identity, Reads { bytes, under_way })], start + Duration::from_secs(seconds));
-            assert!(!reads.hang(&Content { inode: 9, size: 3, modified: 5 }));
-            reads.hang(&Content { inode: 2, size: 3, modified: 5 })
+            let device =
+                |number, under_way| Device::on_server(number, identity, Reads { bytes, under_way, answered: 0 });
+            let (idle, busy) = (device(9, 0), device(7, under_way));
+            unanswered.hang(&[&busy, &idle], start + Duration::from_secs(seconds))
         };
         assert!(!look(10, 1, 0) && !look(20, 1, 60) && !look(20, 1, 79) && look(20, 2, 80));
         assert!(!look(20, 0, 81) && !look(20, 1, 82) && look(20, 1, 102));

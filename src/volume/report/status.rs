@@ -13,7 +13,7 @@ use crate::kernel::device_mapper::{self, Verified};
 use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
-use crate::volume::cache::{Entry, UnderWay, by_hand, stands_on};
+use crate::volume::cache::{UnderWay, by_hand};
 use crate::volume::record::{self, List, Record, Unreadable};
 use crate::volume::source::mark::{Mark, loop_devices_of, without_nfs_directory};
 
@@ -95,7 +95,9 @@ pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Stat
     let volumes = volumes(&records, &mountinfo::read()?);
     let mark = Mark::new(driver_name);
     let (attached, verified) = (loop_device::list(mark.tag())?, device_mapper::list(mark.tag())?);
-    let loop_devices = loop_devices(attached, &verified, &volumes, &by_hand::list(cache_dir)?);
+    let copies = by_hand::open(cache_dir)?;
+    let copy_of = |device: &Attached| copies.as_ref()?.image_below(device);
+    let loop_devices = loop_devices(attached, &verified, &volumes, copy_of);
     // A driver that does not answer is no reason to say nothing of what it has.
     let (Told { waiting, copies }, silent) = match waiting::ask(data_dir) {
         Ok(told) => (told, None),
@@ -123,17 +125,16 @@ pub fn volumes(records: &[Record], mounts: &[MountInfo]) -> Vec<PublishedVolume>
     volumes
 }
 
-/// The driver's loop devices, and how many of `volumes` stand on each; some of them stand on `copies`.
+/// The driver's loop devices, and how many of `volumes` stand on each; of those that stand on a copy, `copy_of` says which image it is of.
 pub fn loop_devices(
     attached: Vec<Attached>,
     verified: &[Verified],
     volumes: &[PublishedVolume],
-    copies: &[Entry],
+    copy_of: impl Fn(&Attached) -> Option<String>,
 ) -> Vec<Loop> {
     let describe = |attached: Attached| {
         let number = attached.device.number();
-        let copy = copies.iter().find(|copy| stands_on(&attached, &copy.original.id()));
-        let image = copy.map(|copy| copy.original.name.file());
+        let image = copy_of(&attached);
         Loop {
             number,
             local: image.is_some(),

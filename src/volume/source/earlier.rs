@@ -8,52 +8,48 @@ use crate::blocking::{self, OffThread};
 use crate::error::Result;
 use crate::kernel;
 use crate::kernel::file_system::FileSystem;
-use crate::kernel::loop_device::{Attached, Purpose};
+use crate::kernel::loop_device::Attached;
 use crate::spec::Verity;
-use crate::volume::cache::stands_on;
+use crate::volume::cache::{Name, Original};
 
 impl Preparer {
-    /// The loop device that an earlier process attached, while something is mounted on it.
+    /// The loop device that an earlier process attached, while something is mounted on it; where it is verified, by the hash of then.
     pub(super) async fn still_attached(
         &self,
         known: &Known,
         file_system: FileSystem,
     ) -> Result<Option<Arc<OffThread<AttachedImage>>>> {
-        let (identity, verity) = (known.identity, known.image.verity);
-        let named = match verity {
-            Some(Verity::Root(root)) => Some(root),
-            Some(Verity::Signed) | None => None,
+        let (key, verity) = (known.key, known.key.verity);
+        let is_as_named = match known.image.verity {
+            None => verity.is_none(),
+            Some(Verity::Root(root)) => verity == Some(root),
+            Some(Verity::Signed) => verity.is_some(),
         };
-        if verity != Some(Verity::Signed)
-            && let Some(attached) = self.images.find(&ImageKey { identity, verity: named })
-        {
+        if !is_as_named {
+            return Ok(None);
+        }
+        if let Some(attached) = self.images.find(&key) {
             return Ok(Some(attached));
         }
         // It may have been moved there since it was written down.
-        let copy = self.copy_of(&known.image, known.content, identity);
-        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
+        let copy = Name::of(&known.image).map(|name| Original::new(name, known.content, key.identity.changed).id());
+        let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
         let unknown = self.exports.places_of_unknown();
         let look = move || {
-            let is_copy = |attached: &Attached| copy.as_deref().is_some_and(|copy| stands_on(attached, copy));
-            let purpose = if verity.is_some() { Purpose::Verity } else { Purpose::FileSystem };
+            let is_copy = |attached: &Attached| copy.is_some() && cache.below(attached) == copy;
             let is_it = |attached: &Attached| {
-                attached.purpose == purpose && (attached.identity == identity || is_copy(attached))
+                attached.purpose == key.purpose() && (attached.identity == key.identity || is_copy(attached))
             };
             let Some(attached) = kernel.loop_devices(mark.tag())?.into_iter().find(is_it) else { return Ok(None) };
+            let number = attached.device.number();
+            if let Some(root) = verity
+                && !kernel.verified_devices(mark.tag())?.iter().any(|it| (it.loop_device, it.root) == (number, root))
+            {
+                return Ok(None);
+            }
             let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
             let Attached { device, identity, .. } = attached;
-            let root = match verity {
-                // The hash that was found signed when it was attached.
-                Some(Verity::Signed) => {
-                    let mut devices = kernel.verified_devices(mark.tag())?.into_iter();
-                    let Some(verified) = devices.find(|verified| verified.loop_device == device.number()) else {
-                        return Ok(None);
-                    };
-                    Some(verified.root)
-                }
-                Some(Verity::Root(_)) | None => named,
-            };
-            let key = ImageKey { identity, verity: root };
+            let key = ImageKey { identity, verity };
             // Its superblock is there: nothing is read.
             let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
             Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))

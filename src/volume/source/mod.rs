@@ -5,10 +5,12 @@
 //! until dropped. [`build()`] turns that into one detached mount.
 
 mod build;
+mod devices;
 mod earlier;
 mod exports;
 mod local;
 pub mod mark;
+mod moving;
 mod nfs_mount;
 mod open_base;
 mod prepare;
@@ -19,6 +21,8 @@ mod shared;
 mod signed;
 
 pub use build::{UpperLayer, build, overlay_on};
+pub use devices::Device;
+pub use moving::Published;
 pub use prepare::Preparer;
-pub use prepared::{Known, Prepared};
+pub use prepared::{ImageKey, Known, Prepared};
 pub use probe::{address_that_answers, ask_host};

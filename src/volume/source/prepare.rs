@@ -1,9 +1,10 @@
 //! From a spec to what it needs of the kernel: NFS mounts and loop devices, made where they are not there yet.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use rustix::io::Errno;
 
@@ -39,6 +40,8 @@ pub struct Preparer {
     pub(super) exports: Arc<Exports>,
     pub(super) images: Arc<Images>,
     pub(super) cache: Arc<Cache>,
+    /// The servers whose copies are seen to, while that lives.
+    pub(super) tending: Mutex<HashMap<String, Weak<()>>>,
 }
 
 impl Preparer {
@@ -53,7 +56,16 @@ impl Preparer {
     ) -> Result<Self> {
         let host_root = Arc::new(open_directory(host_root)?);
         let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), read_ahead));
-        Ok(Preparer { kernel, policy, mark, host_root, exports, images: Arc::default(), cache })
+        Ok(Preparer {
+            kernel,
+            policy,
+            mark,
+            host_root,
+            exports,
+            images: Arc::default(),
+            cache,
+            tending: Mutex::default(),
+        })
     }
 
     /// What volumes may ask for.

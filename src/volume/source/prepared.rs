@@ -78,7 +78,7 @@ pub enum Origin {
 pub struct Known {
     pub image: Loopback,
     pub content: Content,
-    pub identity: ImageIdentity,
+    pub key: ImageKey,
 }
 
 /// Which image is attached, and how: one that is verified shares nothing with one that is not.
@@ -98,7 +98,7 @@ impl ImageKey {
 /// An image on its loop device, and its file system mounted, attached nowhere: the superblock is read while its server answers,
 /// and each further mount of it asks nobody.
 pub struct AttachedImage {
-    pub identity: ImageIdentity,
+    key: ImageKey,
     // Each is dropped before what it stands on.
     _mount: DetachedMount,
     verified: Option<VerifiedDevice>,
@@ -122,7 +122,7 @@ impl AttachedImage {
         let verified = verity.map(verify).transpose()?;
         let path = path_of(verified.as_ref(), &device);
         let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;
-        Ok(AttachedImage { identity, _mount: mount, verified, device, origin: Mutex::new(origin) })
+        Ok(AttachedImage { key, _mount: mount, verified, device, origin: Mutex::new(origin) })
     }
 
     /// The device that is mounted.
@@ -174,8 +174,7 @@ impl Prepared {
                     Origin::Base(base) => base.images(),
                     Origin::Copy | Origin::Earlier(_) => Vec::new(),
                 };
-                let (content, identity) = (image.content, image.attached.identity);
-                images.push(Known { image: image.spec.clone(), content, identity });
+                images.push(Known { image: image.spec.clone(), content: image.content, key: image.attached.key });
                 images
             }
             Prepared::Bind { base, .. } => base.images(),

@@ -30,13 +30,16 @@ where
         find(&self.live, key)
     }
 
-    /// From now on each object for which `other` has another key has that as well; returns these objects.
-    pub fn alias(&self, other: impl Fn(&K) -> Option<K>) -> Vec<Arc<V>> {
+    /// From now on each object for which `other` has another key has that one; returns these objects.
+    pub fn rename(&self, other: impl Fn(&K) -> Option<K>) -> Vec<Arc<V>> {
         let mut live = lock(&self.live);
-        let named = |(key, object): (&K, &Weak<V>)| Some((other(key)?, object.upgrade()?));
-        let aliases: Vec<_> = live.iter().filter_map(named).collect();
-        live.extend(aliases.iter().map(|(key, object)| (key.clone(), Arc::downgrade(object))));
-        aliases.into_iter().map(|(_, object)| object).collect()
+        let renamed: Vec<_> = live.keys().filter_map(|old| Some((old.clone(), other(old)?))).collect();
+        let rename = |(old, new)| {
+            let object = live.remove(&old)?.upgrade()?;
+            live.insert(new, Arc::downgrade(&object));
+            Some(object)
+        };
+        renamed.into_iter().filter_map(rename).collect()
     }
 
     /// Who asks for this key from now on gets another object than this one.
@@ -85,14 +88,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_object_in_use_has_two_keys_where_somebody_says_so() {
+    async fn an_object_in_use_has_another_key_and_no_longer_the_old_one_where_somebody_says_so() {
         let shared = Shared::default();
         let one = shared.get(&"a", async { Ok(1) }).await.unwrap();
-        let named = shared.alias(|key| (*key == "a").then_some("b"));
-        assert!(shared.alias(|key| (*key == "c").then_some("d")).is_empty());
+        let named = shared.rename(|key| (*key == "a").then_some("b"));
+        assert!(shared.rename(|key| (*key == "c").then_some("d")).is_empty());
         assert!(Arc::ptr_eq(&one, &shared.find(&"b").unwrap()) && Arc::ptr_eq(&one, &named[0]));
         drop(named);
-        assert!(shared.find(&"d").is_none());
+        assert!(shared.find(&"a").is_none() && shared.find(&"d").is_none());
         drop(one);
         assert!(shared.find(&"b").is_none());
     }

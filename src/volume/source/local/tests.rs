@@ -159,6 +159,49 @@ async fn an_image_that_is_not_what_the_volume_names_is_told_once_it_is_known_and
 }
 
 #[tokio::test]
+async fn a_volume_whose_digest_could_not_be_checked_says_so() {
+    let node = Node::new().await;
+    std::fs::remove_dir_all(node.cache_dir()).unwrap();
+    publish(&node, &[("digest", &format!("sha256:{}", "0".repeat(64)))], "a").await.unwrap();
+    wait_for(|| node.volumes.copies_under_way().iter().any(|copy| copy.failed.is_some()), || "no failure".into()).await;
+    let condition = condition(&node, "a").await.unwrap();
+    assert!(condition.contains("was not checked for the digest"), "{condition}");
+    assert!(condition.contains("No such file"), "and why: {condition}");
+}
+
+#[tokio::test]
+async fn an_image_that_the_kernel_would_shut_down_is_not_moved_and_the_next_pod_begins_with_its_copy() {
+    let mut node = Node::new().await;
+    node.policy("fsTypes: [ext4]");
+    let mut ext4 = vec![0; 4096];
+    ext4[1024 + 56..1024 + 58].copy_from_slice(&0xEF53u16.to_le_bytes());
+    std::fs::write(node.kernel.export().join("image.sqsh"), ext4).unwrap();
+    let ext4 = [NODE, &[("fsType", "ext4")]].concat();
+    publish(&node, &ext4, "a").await.unwrap();
+    wait_for(|| complete(&node) == 1, || "no copy".into()).await;
+    node.volumes.tend_copies_now().await.unwrap();
+    assert!(!node.log().iter().any(|call| call.contains("another file")));
+    unpublish(&node, "a").await;
+    node.assert_nothing_held().await;
+    publish(&node, &ext4, "b").await.unwrap();
+    assert!(node.volumes.observe().await.unwrap().loop_devices[0].local);
+}
+
+#[tokio::test]
+async fn what_the_policy_forbids_since_is_not_copied_for_pods_that_run() {
+    let mut node = Node::new().await;
+    node.kernel.hold("another file");
+    publish(&node, NODE, "a").await.unwrap();
+    wait_for(|| complete(&node) == 1, || "no copy".into()).await;
+    let _earlier = std::sync::Arc::clone(&node.volumes);
+    node.policy("nodeCache: false");
+    node.log();
+    node.volumes.tend_copies_now().await.unwrap();
+    assert_eq!(node.log(), [""; 0]);
+    node.kernel.release();
+}
+
+#[tokio::test]
 async fn a_digest_that_nobody_would_check_is_refused() {
     let node = Node::new().await;
     std::fs::write(node.kernel.export().join("image.sqsh"), squashfs(2 << 20)).unwrap();

@@ -1,0 +1,209 @@
+//! Copies that are being made: some at a time, each for all who ask for it, and none from a server that gives nothing.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+use super::copy::{self, Progress};
+use super::original::{Name, Original};
+use super::{Cache, On, usable};
+use crate::blocking::OffThread;
+use crate::error::{Error, Kind, Result};
+use crate::kernel::image::{Content, Image};
+use crate::lock::lock;
+use crate::metrics;
+use crate::places::{Places, run_at};
+
+/// How long after a copy failed it is tried again.
+const AGAIN: Duration = Duration::from_secs(60);
+/// A copy that gets less than so many bytes in so long is no reason for others to wait, whether its server cannot do better or will not.
+const STALLED: Duration = Duration::from_secs(10);
+const LEAST: u64 = 1 << 20;
+/// How many such copies of one server there may be, until no other is begun.
+const MOST_STALLED: usize = 2;
+
+/// An image that is open on its server.
+pub struct Source {
+    pub original: Original,
+    pub file: OffThread<File>,
+    pub places: Option<Places>,
+}
+
+/// The copies that this process makes.
+pub struct Making {
+    turns: Semaphore,
+    /// What copies hold that have given their turn to others, by their server.
+    stalled: Mutex<HashMap<String, Weak<()>>>,
+    copies: Mutex<HashMap<String, State>>,
+}
+
+impl Making {
+    /// At most so many at a time, beside those that get nothing.
+    pub fn new(copies: usize) -> Self {
+        Making { turns: Semaphore::new(copies), stalled: Mutex::default(), copies: Mutex::default() }
+    }
+
+    fn stalled(&self, server: &str) -> usize {
+        lock(&self.stalled).get(server).map_or(0, Weak::strong_count)
+    }
+
+    /// Until the answer is dropped.
+    fn one_more_stalled(&self, server: &str) -> Arc<()> {
+        let mut stalled = lock(&self.stalled);
+        stalled.retain(|_, copies| copies.strong_count() > 0);
+        let copies = stalled.get(server).and_then(Weak::upgrade).unwrap_or_default();
+        stalled.insert(server.to_owned(), Arc::downgrade(&copies));
+        copies
+    }
+}
+
+/// What this process knows of a copy that is not complete.
+#[derive(Clone, Debug)]
+enum State {
+    /// Once more, where it `failed` before.
+    Running {
+        original: Original,
+        progress: Arc<Progress>,
+        failed: Option<String>,
+    },
+    Failed {
+        original: Original,
+        at: Instant,
+        why: String,
+    },
+}
+
+/// A copy that is not complete, as others are told of it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UnderWay {
+    pub image: String,
+    pub size: u64,
+    pub copied: u64,
+    /// Why it goes on from the server; it is tried again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
+impl Cache {
+    /// Copies an image, after others where there are many, and opens the copy. `None` where another is at it, or it failed a moment ago: what
+    /// failed is logged and told to who asks, and tried again at a later call.
+    pub async fn copy(&self, source: Source) -> Result<Option<OffThread<Image>>> {
+        let Ok(on) = &self.on else { return Ok(None) };
+        let (id, original) = (source.original.id(), source.original.clone());
+        let progress = Arc::<Progress>::default();
+        let failed = {
+            let mut copies = lock(&on.making.copies);
+            copies.retain(|_, state| !matches!(state, State::Failed { at, .. } if at.elapsed() > 10 * AGAIN));
+            let failed = match copies.get(&id) {
+                Some(State::Running { .. }) => return Ok(None),
+                Some(State::Failed { at, .. }) if at.elapsed() < AGAIN => return Ok(None),
+                Some(State::Failed { why, .. }) => Some(why.clone()),
+                None => None,
+            };
+            let (original, progress) = (original.clone(), Arc::clone(&progress));
+            copies.insert(id.clone(), State::Running { original, progress, failed: failed.clone() });
+            failed
+        };
+        let under_way = metrics::UnderWay::new();
+        let copied = on.copy(source, &progress).await;
+        drop(under_way);
+        match copied {
+            Ok(image) => {
+                lock(&on.making.copies).remove(&id);
+                Ok(image)
+            }
+            Err(error) => {
+                // Said once, and not at each time that it is tried again.
+                if failed.as_ref() != Some(&error.message) {
+                    tracing::error!("{} is read from its server: {error}", original.name);
+                }
+                metrics::cache().failures.inc();
+                let failed = State::Failed { original, at: Instant::now(), why: error.message.clone() };
+                lock(&on.making.copies).insert(id, failed);
+                Err(error)
+            }
+        }
+    }
+
+    /// Why there is no copy of this content, where this process failed to make one.
+    pub fn failure(&self, name: &Name, content: Content) -> Option<String> {
+        let copies = lock(&self.on.as_ref().ok()?.making.copies);
+        copies.values().find_map(|state| {
+            let (original, why) = match state {
+                State::Running { original, failed, .. } => (original, failed.as_ref()?),
+                State::Failed { original, why, .. } => (original, why),
+            };
+            (original.name == *name && original.content() == content).then(|| why.clone())
+        })
+    }
+
+    /// What this process copies now, and what it failed to.
+    pub fn under_way(&self) -> Vec<UnderWay> {
+        let Ok(on) = &self.on else { return Vec::new() };
+        let mut all: Vec<_> = lock(&on.making.copies).values().map(describe).collect();
+        all.sort_by(|one, other| one.image.cmp(&other.image));
+        all
+    }
+}
+
+impl On {
+    async fn copy(&self, source: Source, progress: &Arc<Progress>) -> Result<Option<OffThread<Image>>> {
+        let turn = self.making.turns.acquire().await.expect("nobody closes it");
+        let server = source.original.name.server.clone();
+        if self.making.stalled(&server) >= MOST_STALLED {
+            let message =
+                format!("{MOST_STALLED} copies from {server} get nothing, or next to nothing: no other is begun");
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+        let (store, config, seen) = (Arc::clone(&self.store), self.config.clone(), Arc::clone(progress));
+        let Source { original, file, places } = source;
+        let step = format!("copy {} to this node", original.name);
+        let work = move || {
+            if let Some(mut part) = store.begin(&original, config.bounds)? {
+                match copy::copy(&file, &mut part, config.rate, &seen) {
+                    Ok(digest) => part.complete(&digest)?,
+                    Err(copy::Failure { error, goes_on: true }) => return Err(error),
+                    Err(copy::Failure { error, goes_on: false }) => {
+                        if let Err(error) = part.discard() {
+                            tracing::warn!(%error, "a copy that is of no use stays");
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            Ok::<_, Error>(usable(&store, &original).map(|(_, copy)| copy))
+        };
+        let copying = run_at(places, step, work);
+        tokio::pin!(copying);
+        let least = self.config.rate.map_or(LEAST, |rate| LEAST.min(rate * STALLED.as_secs() / 2));
+        let (mut turn, mut stalled, mut last) = (Some(turn), None, 0);
+        loop {
+            match tokio::time::timeout(STALLED, &mut copying).await {
+                Ok(copied) => return copied,
+                Err(_) => {
+                    let now = progress.bytes.load(Ordering::Relaxed);
+                    if now.saturating_sub(last) < least {
+                        // The next one goes ahead, and this one goes on when it can.
+                        turn.take();
+                        stalled.get_or_insert_with(|| self.making.one_more_stalled(&server));
+                    }
+                    last = now;
+                }
+            }
+        }
+    }
+}
+
+fn describe(state: &State) -> UnderWay {
+    let (original, copied, failed) = match state {
+        State::Running { original, progress, .. } => (original, progress.bytes.load(Ordering::Relaxed), None),
+        State::Failed { original, why, .. } => (original, 0, Some(why.clone())),
+    };
+    UnderWay { image: original.name.to_string(), size: original.size, copied, failed }
+}
