@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FileType, Mode, OFlags, major, makedev, minor};
 use rustix::io::Errno;
 
-use super::error::{Doing, Error, Result, Subject, errno_of, last_errno};
+use super::error::{Doing, Error, Result, Subject, last_errno};
 use super::loop_device::{self, LoopDevice, Tag};
 use super::verity::{self, RootHash, Tree, hexadecimal};
 
@@ -33,6 +33,8 @@ const READ_ONLY: u32 = 1;
 const ACTIVE: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
 const DEFERRED_REMOVE: u32 = 1 << 17;
+/// What a target that verifies begins its status with, once a block did not fit.
+const CORRUPTED: char = 'C';
 /// `struct dm_target_spec`.
 const TARGET: usize = 40;
 /// What a status or a list of devices may take.
@@ -123,7 +125,9 @@ pub fn list(tag: &Tag) -> Result<Vec<Verified>> {
     for name in control.names()? {
         let Some((loop_device, root)) = read_name(&name, tag) else { continue };
         match control.call(Command::TableStatus, &name, 0, &[]) {
-            Ok(answer) => devices.push(Verified { loop_device, root, is_corrupted: status(&answer).starts_with('C') }),
+            Ok(answer) => {
+                devices.push(Verified { loop_device, root, is_corrupted: status(&answer).starts_with(CORRUPTED) })
+            }
             // Gone meanwhile.
             Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno).doing(|| format!("look at {name}")),
@@ -232,7 +236,12 @@ impl Control {
     /// The device of this name, if it is complete.
     fn open_device(&self, name: &str) -> Result<Option<VerifiedDevice>> {
         match self.call(Command::Status, name, 0, &[]) {
-            Ok(answer) if number(&answer, TARGET_COUNT) == 1 && number(&answer, FLAGS) & ACTIVE != 0 => open(&answer),
+            Ok(answer) if number(&answer, TARGET_COUNT) == 1 && number(&answer, FLAGS) & ACTIVE != 0 => {
+                let opened = self.open_by(name, &answer)?;
+                // Who made it may have been killed before it said so.
+                self.remove_with_last_user(name)?;
+                Ok(opened)
+            }
             // A process was killed between making it and giving it its table.
             Ok(_) => self.remove_with_last_user(name).map(|()| None),
             Err(Errno::NXIO) => Ok(None),
@@ -275,18 +284,32 @@ impl Control {
             },
         )?;
         let answer = self.call(Command::Resume, name, 0, &[]).doing(|| doing("begin with"))?;
-        let made = open(&answer)?.ok_or(Errno::NOENT).doing(|| doing("open"))?;
+        let made = self.open_by(name, &answer)?.ok_or(Errno::NOENT).doing(|| doing("open"))?;
         self.remove_with_last_user(name)?;
         let mut block = [0; 4096];
-        match File::open(&made.path).and_then(|file| file.read_exact_at(&mut block, 0)) {
-            Ok(()) => Ok(made),
-            Err(error) if errno_of(&error) == Errno::IO => {
-                let hint = format!("the image does not have the root hash {}", hexadecimal(root));
-                Err(Error::new(format!("read {}", made.path.display()), Errno::BADMSG)
-                    .about(Subject::Image)
-                    .with_hint(hint))
+        let Err(error) = File::open(&made.path).and_then(|file| file.read_exact_at(&mut block, 0)) else {
+            return Ok(made);
+        };
+        let doing = || format!("read {}", made.path.display());
+        let told = self.call(Command::TableStatus, name, 0, &[]).doing(doing)?;
+        // Else it is the server, or the disk, that gave nothing.
+        if status(&told).starts_with(CORRUPTED) {
+            let hint = format!("the image does not have the root hash {}", hexadecimal(root));
+            return Err(Error::new(doing(), Errno::BADMSG).about(Subject::Image).with_hint(hint));
+        }
+        Err(error).doing(doing)
+    }
+
+    /// The device of this name, that `answer` is about; `None` where it is gone again.
+    fn open_by(&self, name: &str, answer: &[u8]) -> Result<Option<VerifiedDevice>> {
+        let Some(opened) = open(answer)? else { return Ok(None) };
+        // Its number may have been another's by then; from now on it is not.
+        match self.call(Command::Status, name, 0, &[]) {
+            Ok(now) if number(&now, DEVICE) == number(answer, DEVICE) && number(&now, FLAGS) & ACTIVE != 0 => {
+                Ok(Some(opened))
             }
-            Err(error) => Err(error).doing(|| format!("read {}", made.path.display())),
+            Ok(_) | Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(errno).doing(|| format!("look for the device {name}")),
         }
     }
 

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::error::{Doing, Error, Result, Subject, errno_of};
 use super::file_system::{FileSystem, SUPERBLOCK};
 use super::mount::{Symlinks, explain_escape, open_directory_beneath};
+use super::verity::Tree;
 
 /// An image file that is open, and which file it is.
 #[derive(Debug)]
@@ -100,11 +101,16 @@ impl Image {
         })
     }
 
-    /// Reads the superblock and compares the size that it states with the file's.
+    /// Reads the superblock and compares the size that it states with the file's; of a `sealed` image, with that of the data before its hash
+    /// tree.
     ///
-    /// The errors are those of a wrong file: `EMEDIUMTYPE` where the content is not of this type, `ENODATA` where there is less of it
-    /// than its superblock says.
-    pub fn check(&self, path: &str, file_system: FileSystem) -> Result<()> {
+    /// The errors are those of a wrong file: `EMEDIUMTYPE` where the content is not of this type or has no hash tree, `ENODATA` where there
+    /// is less of it than its superblock says.
+    pub fn check(&self, path: &str, file_system: FileSystem, sealed: bool) -> Result<()> {
+        let there = match sealed {
+            true => Tree::find(&self.file, self.identity.size)?.data_size(),
+            false => self.identity.size,
+        };
         let head = self.head().map_err(|error| unreadable(path, errno_of(&error)))?;
         match file_system.stated_size(&head) {
             None => Err(unreadable(path, Errno::MEDIUMTYPE).with_hint(format!(
@@ -116,12 +122,12 @@ impl Image {
                     None => "no known superblock is in its first 2 KiB".to_owned(),
                 }
             ))),
-            Some(size) if size > self.identity.size => Err(unreadable(path, Errno::NODATA).with_hint(format!(
-                "the image is truncated: its superblock states {size} bytes, the file has {}",
-                self.identity.size
+            Some(size) if size > there => Err(unreadable(path, Errno::NODATA).with_hint(format!(
+                "the image is truncated: its superblock states {size} bytes, the file has {there}{}",
+                if sealed { " before its hash tree" } else { "" }
             ))),
             // drivers/block/loop.c: the rest of a sector at the end cannot be read.
-            Some(size) if size > self.identity.size / 512 * 512 => {
+            Some(size) if size > there / 512 * 512 => {
                 Err(unreadable(path, Errno::NODATA).with_hint(format!(
                     "a loop device has whole sectors, and the image ends inside of one, at {size} bytes: make it without -nopad, or \
                      'truncate --size %512' it"
@@ -191,8 +197,8 @@ mod tests {
 
     #[test]
     fn a_whole_image_passes_and_a_truncated_one_is_refused() {
-        image(&squashfs(2048)).1.check("image", FileSystem::Squashfs).unwrap();
-        let error = image(&squashfs(2049)).1.check("image", FileSystem::Squashfs).unwrap_err();
+        image(&squashfs(2048)).1.check("image", FileSystem::Squashfs, false).unwrap();
+        let error = image(&squashfs(2049)).1.check("image", FileSystem::Squashfs, false).unwrap_err();
         assert_eq!(error.errno(), Errno::NODATA);
         assert!(error.to_string().contains("states 2049 bytes, the file has 2048"), "{error}");
     }
@@ -202,12 +208,31 @@ mod tests {
         let with = |length: usize, used| {
             let mut content = squashfs(used);
             content.resize(length, 0);
-            image(&content).1.check("image", FileSystem::Squashfs)
+            image(&content).1.check("image", FileSystem::Squashfs, false)
         };
         let error = with(2100, 2100).unwrap_err();
         assert!(error.to_string().contains("inside of one, at 2100 bytes"), "{error}");
         with(2100, 2048).unwrap();
         with(2560, 2100).unwrap();
+    }
+
+    #[test]
+    fn a_hash_tree_is_no_part_of_what_a_sealed_image_has() {
+        let seal = |used| {
+            let (directory, open) = image(&squashfs(used)[..].repeat(2));
+            super::super::verity::seal(
+                &File::options().read(true).write(true).open(directory.path().join("image")).unwrap(),
+            )
+            .unwrap();
+            drop(open);
+            let base = File::open(directory.path()).unwrap();
+            (Image::open(&base, "image", Symlinks::Inside).unwrap(), directory)
+        };
+        seal(4096).0.check("image", FileSystem::Squashfs, true).unwrap();
+        let (image, _directory) = seal(8192);
+        image.check("image", FileSystem::Squashfs, false).unwrap();
+        let error = image.check("image", FileSystem::Squashfs, true).unwrap_err();
+        assert!(error.to_string().contains("4096 before its hash tree"), "{error}");
     }
 
     #[test]
@@ -220,7 +245,7 @@ mod tests {
 
     #[test]
     fn another_type_is_named() {
-        let error = image(&squashfs(2048)).1.check("image", FileSystem::Erofs).unwrap_err();
+        let error = image(&squashfs(2048)).1.check("image", FileSystem::Erofs, false).unwrap_err();
         assert_eq!(error.errno(), Errno::MEDIUMTYPE);
         assert!(error.to_string().contains("it is squashfs"), "{error}");
     }
@@ -228,9 +253,17 @@ mod tests {
     #[test]
     fn an_empty_and_a_short_file_are_not_images() {
         assert!(
-            image(b"").1.check("image", FileSystem::Squashfs).unwrap_err().to_string().contains("the file is empty")
+            image(b"")
+                .1
+                .check("image", FileSystem::Squashfs, false)
+                .unwrap_err()
+                .to_string()
+                .contains("the file is empty")
         );
-        assert_eq!(image(b"hsqs").1.check("image", FileSystem::Squashfs).unwrap_err().errno(), Errno::MEDIUMTYPE);
+        assert_eq!(
+            image(b"hsqs").1.check("image", FileSystem::Squashfs, false).unwrap_err().errno(),
+            Errno::MEDIUMTYPE
+        );
     }
 
     #[test]

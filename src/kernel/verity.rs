@@ -25,6 +25,8 @@ const HASHES_IN_BLOCK: u64 = (BLOCK / HASH) as u64;
 const SUPERBLOCK: usize = 512;
 const MAGIC: &[u8; 8] = b"verity\0\0";
 const MAX_SALT: usize = 256;
+/// In the place of a superblock whose tree is not written yet; the size of the image follows.
+const UNFINISHED: &[u8; 8] = b"unsealed";
 /// How much of an image is read at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -62,6 +64,11 @@ impl Tree {
             return Err(missing(hint));
         }
         Ok(Tree { data, salt: superblock[88..88 + salt].to_vec() })
+    }
+
+    /// How many bytes the data has.
+    pub fn data_size(&self) -> u64 {
+        self.data * BLOCK as u64
     }
 
     /// How many sectors of 512 bytes the data has.
@@ -165,7 +172,7 @@ impl<F: FnMut(u64, &[u8]) -> io::Result<()>> Build<'_, F> {
 }
 
 /// Appends the hash tree to an image that has none, and returns its root hash: the same for the same bytes. The superblock is written last,
-/// so that a tree that is cut short is none.
+/// so that a tree that is cut short is none; until then there is a mark in its place, by which the next call takes it off again.
 ///
 /// Nobody may use the image meanwhile: a running pod sees that it was changed.
 pub fn seal(image: &File) -> Result<RootHash> {
@@ -179,15 +186,39 @@ pub fn seal(image: &File) -> Result<RootHash> {
     if size == 0 {
         return Err(Error::new(doing(), Errno::NODATA).about(Subject::Image).with_hint("the image is empty"));
     }
+    let size = size_before(image, size).unwrap_or(size);
+    append(image, size)
+        .inspect_err(|_| {
+            // The first error is the one to report.
+            let _ = image.set_len(size);
+        })
+        .doing(doing)
+}
+
+fn append(image: &File, size: u64) -> io::Result<RootHash> {
     let tree = Tree { data: size.div_ceil(BLOCK as u64), salt: Vec::new() };
-    image.set_len(tree.data * BLOCK as u64).doing(doing)?;
-    let root = tree.build(image, |at, block| image.write_all_at(block, at)).doing(doing)?;
-    image.sync_all().doing(doing)?;
-    let mut block = [0; BLOCK];
-    block[..SUPERBLOCK].copy_from_slice(&tree.superblock(&root));
-    image.write_all_at(&block, tree.data * BLOCK as u64).doing(doing)?;
-    image.sync_all().doing(doing)?;
+    let put = |start: &[u8]| {
+        let mut block = [0; BLOCK];
+        block[..start.len()].copy_from_slice(start);
+        image.write_all_at(&block, tree.data_size())?;
+        image.sync_all()
+    };
+    // What lies behind the data is from an earlier call.
+    image.set_len(size)?;
+    image.set_len(with_tree(tree.data) * BLOCK as u64)?;
+    put(&[&UNFINISHED[..], &size.to_le_bytes()].concat())?;
+    let root = tree.build(image, |at, block| image.write_all_at(block, at))?;
+    image.sync_all()?;
+    put(&tree.superblock(&root))?;
     Ok(root)
+}
+
+/// How large an image was, where its tree was cut short.
+fn size_before(image: &File, size: u64) -> Option<u64> {
+    let (data, mut mark) = (data_blocks(size)?, [0; 16]);
+    image.read_exact_at(&mut mark, data * BLOCK as u64).ok()?;
+    let before = u64::from_le_bytes(mark[8..].try_into().ok()?);
+    (mark[..8] == *UNFINISHED && before.div_ceil(BLOCK as u64) == data).then_some(before)
 }
 
 /// Reads an image and its hash tree, and returns the root hash. `EIO` where they do not fit.
@@ -227,10 +258,14 @@ fn level_sizes(data: u64) -> Vec<u64> {
     sizes
 }
 
+/// How many blocks an image with a tree has, by those of its data.
+fn with_tree(data: u64) -> u64 {
+    data + 1 + level_sizes(data).iter().sum::<u64>()
+}
+
 /// How many blocks of data an image with a tree has, by its size.
 fn data_blocks(size: u64) -> Option<u64> {
     let all = size.is_multiple_of(BLOCK as u64).then_some(size / BLOCK as u64)?;
-    let with_tree = |data: u64| data + 1 + level_sizes(data).iter().sum::<u64>();
     let (mut low, mut high) = (1, all);
     while low < high {
         let middle = low + (high - low) / 2;
@@ -319,6 +354,20 @@ mod tests {
         assert!(error.to_string().contains(&hexadecimal(&root)), "{error}");
         assert_eq!(seal(&image(&content(5)[..5 * BLOCK - 100])).unwrap(), root);
         assert_eq!(seal(&image(&[])).unwrap_err().errno(), Errno::NODATA);
+    }
+
+    #[test]
+    fn a_tree_that_was_cut_short_is_taken_off_by_the_next_call() {
+        let bytes = &content(300)[..300 * BLOCK - 100];
+        let root = seal(&image(bytes)).unwrap();
+        let file = image(bytes);
+        file.set_len(with_tree(300) * BLOCK as u64).unwrap();
+        file.write_all_at(&[&UNFINISHED[..], &(bytes.len() as u64).to_le_bytes()].concat(), 300 * BLOCK as u64)
+            .unwrap();
+        file.write_all_at(&[0xff; 5000], 301 * BLOCK as u64).unwrap();
+        assert_eq!(verify(&file).unwrap_err().errno(), Errno::MEDIUMTYPE);
+        assert_eq!(seal(&file).unwrap(), root);
+        assert_eq!((verify(&file).unwrap(), size(&file)), (root, with_tree(300) * BLOCK as u64));
     }
 
     #[test]

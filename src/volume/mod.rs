@@ -316,11 +316,15 @@ impl Volumes {
         let (records, kernel, tag) = (self.records.clone(), Arc::clone(&self.kernel), self.mark.tag().clone());
         tokio::spawn(async move {
             let sweep = move || {
-                records
-                    .empty_trash()
-                    .map_err(|error| Error::new(Kind::Internal, format!("empty the trash: {error}")))?;
-                records.sweep(&*kernel)?;
-                kernel.sweep_verified(&tag).map_err(Error::from)
+                let trash = records.empty_trash();
+                let trash = trash.map_err(|error| Error::new(Kind::Internal, format!("empty the trash: {error}")));
+                // None waits for the success of another.
+                for swept in [trash, records.sweep(&*kernel), kernel.sweep_verified(&tag).map_err(Error::from)] {
+                    if let Err(error) = swept {
+                        tracing::error!(%error, "sweep");
+                    }
+                }
+                Ok::<_, Error>(())
             };
             if let Err(error) = blocking::run("sweep", sweep).await {
                 tracing::error!(%error, "sweep");

@@ -110,6 +110,10 @@ impl Store {
         move |error| Error::file(action, &path, &error)
     }
 
+    fn failed_copy(&self, action: &str, original: &Original, error: &io::Error) -> Error {
+        Error::file(&format!("{action} the copy of {} in", original.name), &self.path, error)
+    }
+
     /// Others wait until the answer is dropped.
     fn lock(&self) -> Result<File> {
         self.lock_directory().map_err(self.failed("lock", ""))

@@ -112,18 +112,13 @@ impl Preparer {
     /// What is wrong with the digest of an image that a volume has, in a sentence: it turned out to be another, or nobody can look.
     pub async fn digest_trouble(&self, image: &Loopback, content: Content) -> Option<String> {
         let (Some(name), Some(_)) = (Name::of(image), image.digest) else { return None };
-        let copies = self.cache.copies_of(&name).await.unwrap_or_default();
-        let mut copies = copies.into_iter().filter(|copy| copy.original.content() == content).peekable();
-        match copies.peek() {
-            Some(_) => {
-                let wrong = copies.find(|copy| !copy.has(image.digest))?;
-                Some(format!("is not the one that is wanted: {}", other_bytes(&wrong, image.digest)))
-            }
-            None => {
-                let why = self.cache.failure(&name, content)?;
-                Some(format!("was not checked for the digest that the volume names, as it could not be copied: {why}"))
-            }
+        let mut copies = self.cache.copies_of(&name).await.unwrap_or_default();
+        copies.retain(|copy| copy.original.content() == content);
+        if let Some(wrong) = copies.iter().find(|copy| !copy.has(image.digest)) {
+            return Some(format!("is not the one that is wanted: {}", other_bytes(wrong, image.digest)));
         }
+        let why = self.cache.failure(&name, content).filter(|_| copies.is_empty())?;
+        Some(format!("was not checked for the digest that the volume names, as it could not be copied: {why}"))
     }
 }
 

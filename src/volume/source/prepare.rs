@@ -199,12 +199,12 @@ impl Preparer {
     ) -> Result<(PreparedBase, OffThread<Image>)> {
         let base = self.image_base(&spec.base, known).await?;
         let name = of_base(spec, file_system);
-        let (path, symlinks) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks));
+        let (path, symlinks, sealed) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks), spec.verity.is_some());
         let image = self.below(&base, format!("open image {name}"), move |base| {
             measured("image", || {
                 let image = Image::open(base, &path, symlinks)?;
                 if let Some(file_system) = file_system {
-                    image.check(&path, file_system)?;
+                    image.check(&path, file_system, sealed)?;
                 }
                 Ok(OffThread::new(image))
             })

@@ -40,10 +40,11 @@ impl Store {
             entry.synced = entry.synced.min(file.metadata()?.len());
             Ok(Some(Part { store: self, entry, file, min_free: bounds.min_free }))
         };
-        let Some(part) = begin().map_err(self.failed("begin", &id))? else { return Ok(None) };
+        let failed = |error: io::Error| self.failed_copy("write", original, &error);
+        let Some(part) = begin().map_err(failed)? else { return Ok(None) };
         let there = self.make_room(original, part.entry.synced, bounds).and_then(|()| {
             // From here on its bytes count.
-            self.write(&part.entry).map_err(self.failed("write", &id))
+            self.write(&part.entry).map_err(failed)
         });
         match there {
             Ok(()) => Ok(Some(part)),
@@ -72,8 +73,7 @@ impl Part<'_> {
 
     /// What failed on the disk.
     pub fn failed(&self, action: &str, error: &io::Error) -> Error {
-        let Part { store, entry, .. } = self;
-        Error::file(&format!("{action} the copy of {} in", entry.original.name), &store.path, error)
+        self.store.failed_copy(action, &self.entry.original, error)
     }
 
     /// Puts what was written on the disk, and says that it is there.

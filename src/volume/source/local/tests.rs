@@ -192,10 +192,9 @@ async fn what_the_policy_forbids_since_is_not_copied_for_pods_that_run() {
     let mut node = Node::new().await;
     node.kernel.hold("another file");
     publish(&node, NODE, "a").await.unwrap();
-    wait_for(|| complete(&node) == 1, || "no copy".into()).await;
+    moved(&node).await;
     let _earlier = std::sync::Arc::clone(&node.volumes);
     node.policy("nodeCache: false");
-    node.log();
     node.volumes.tend_copies_now().await.unwrap();
     assert_eq!(node.log(), [""; 0]);
     node.kernel.release();
@@ -319,6 +318,8 @@ async fn a_signed_image_is_attached_only_where_the_signature_beside_it_is_one() 
         assert!(error.kind == kind && error.message.contains(why), "{error}");
         assert_eq!(node.kernel.live_loop_devices(), [0; 0]);
     };
+    let image = std::fs::File::options().read(true).write(true).open(node.kernel.export().join("image.sqsh")).unwrap();
+    verity::seal(&image).unwrap();
     refused(&node, Kind::NotFound, "image.sqsh.root").await;
     let write = |end: &str, text: &str| {
         std::fs::write(node.kernel.export().join(format!("image.sqsh.root{end}")), text).unwrap()
