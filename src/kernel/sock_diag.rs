@@ -21,12 +21,29 @@ const NLM_F_DUMP: u16 = 0x300;
 const HEADER: usize = 16;
 const BEFORE_ID: usize = 4;
 const ID: usize = 48;
-/// All states but TCP_LISTEN.
-const CONNECTED_SOMEHOW: u32 = !(1 << 10);
+/// Connections in one of these states (include/net/tcp_states.h).
+#[derive(Clone, Copy, Debug)]
+pub enum Which {
+    /// Established or not.
+    All,
+    /// To which the other side has said nothing yet.
+    Connecting,
+}
 
-/// Ends the TCP connections to this address and port, established or not, without a word to the other side; says how many. Takes
-/// CAP_NET_ADMIN, and a kernel with `CONFIG_INET_DIAG_DESTROY`.
-pub fn destroy(address: IpAddr, port: u16) -> Result<usize> {
+impl Which {
+    fn states(self) -> u32 {
+        match self {
+            // But TCP_LISTEN.
+            Which::All => !(1 << 10),
+            // TCP_SYN_SENT.
+            Which::Connecting => 1 << 2,
+        }
+    }
+}
+
+/// Ends TCP connections to this address and port, without a word to the other side; says how many. Takes CAP_NET_ADMIN, and a kernel with
+/// `CONFIG_INET_DIAG_DESTROY`.
+pub fn destroy(address: IpAddr, port: u16, which: Which) -> Result<usize> {
     let doing = || format!("end the connections to {address} port {port} (SOCK_DESTROY)");
     let kind = (AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC);
     let socket = socket_with(kind.0, kind.1, kind.2, Some(netlink::SOCK_DIAG)).doing(doing)?;
@@ -34,7 +51,7 @@ pub fn destroy(address: IpAddr, port: u16) -> Result<usize> {
     let mut like = [0; ID];
     like[2..4].copy_from_slice(&port.to_be_bytes());
     let mut found = Vec::new();
-    let request = request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, address, &like);
+    let request = request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, address, which, &like);
     ask(&socket, &request, |answer| {
         let id = answer.get(BEFORE_ID..BEFORE_ID + ID).and_then(|id| <[u8; ID]>::try_from(id).ok());
         found.extend(id.filter(|id| destination(id, address) == address));
@@ -42,7 +59,7 @@ pub fn destroy(address: IpAddr, port: u16) -> Result<usize> {
     .doing(doing)?;
     let mut count = 0;
     for id in found {
-        match ask(&socket, &self::request(SOCK_DESTROY, NLM_F_ACK, address, &id), |_| {}) {
+        match ask(&socket, &self::request(SOCK_DESTROY, NLM_F_ACK, address, which, &id), |_| {}) {
             Ok(()) => count += 1,
             // Gone meanwhile.
             Err(Errno::NOENT) => {}
@@ -53,14 +70,14 @@ pub fn destroy(address: IpAddr, port: u16) -> Result<usize> {
 }
 
 /// A `struct inet_diag_req_v2` about TCP sockets behind its header.
-fn request(kind: u16, flags: u16, like: IpAddr, id: &[u8; ID]) -> Vec<u8> {
+fn request(kind: u16, flags: u16, like: IpAddr, which: Which, id: &[u8; ID]) -> Vec<u8> {
     let family = if like.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let mut message = Vec::with_capacity(HEADER + 8 + ID);
     message.extend(((HEADER + 8 + ID) as u32).to_ne_bytes());
     message.extend([kind, NLM_F_REQUEST | flags].map(u16::to_ne_bytes).as_flattened());
     message.extend([0; 8]);
     message.extend([family.as_raw() as u8, libc::IPPROTO_TCP as u8, 0, 0]);
-    message.extend(CONNECTED_SOMEHOW.to_ne_bytes());
+    message.extend(which.states().to_ne_bytes());
     message.extend(id);
     message
 }
@@ -106,10 +123,11 @@ mod tests {
 
     #[test]
     fn a_request_is_laid_out_as_the_kernel_reads_it() {
-        let request = request(SOCK_DESTROY, NLM_F_ACK, [10, 0, 0, 1].into(), &[7; ID]);
+        let request = request(SOCK_DESTROY, NLM_F_ACK, [10, 0, 0, 1].into(), Which::Connecting, &[7; ID]);
         assert_eq!(request.len(), 72);
         assert_eq!(request[..4], 72u32.to_ne_bytes());
         assert_eq!(request[16..20], [2, 6, 0, 0]);
+        assert_eq!(request[20..24], 4u32.to_ne_bytes());
         assert_eq!(request[24..], [7; ID]);
     }
 }

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::error::{Doing, Error, Result, errno_of};
-use super::{nfs, sock_diag};
+use super::nfs;
+use super::sock_diag::{self, Which};
 
 const SWITCHES: &str = "/sys/kernel/sunrpc/xprt-switches";
 /// How often connections to the old address are ended while the kernel is busy with one.
@@ -60,19 +61,22 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read(file: &Path) -> Option<String> {
-    Some(std::fs::read_to_string(file).ok()?.trim_end().to_owned())
+    // Before Linux 5.18 a NUL ended it.
+    let is_end = |letter: char| letter == '\0' || letter.is_whitespace();
+    Some(std::fs::read_to_string(file).ok()?.trim_end_matches(is_end).to_owned())
 }
 
 impl Transport {
-    /// Leads the connection to another address of the same family. What waits for an answer is sent once more there.
+    /// Leads the connection to another IPv4 address. What waits for an answer is sent once more there. `ENOENT` where it was closed meanwhile.
     ///
     /// Waits while the kernel tries to connect to the old address, which ends with this. Takes a writable /sys, and CAP_NET_ADMIN for
     /// ending the old connection, which else takes the kernel some minutes.
     pub fn move_to(&self, address: IpAddr) -> Result<()> {
         let file = self.directory.join("dstaddr");
         let doing = || format!("move the connection to {} to {address} (write {})", self.address, file.display());
-        if self.address.is_ipv4() != address.is_ipv4() {
-            let hint = "the kernel leads a connection to an address of the same family alone";
+        if !(self.address.is_ipv4() && address.is_ipv4()) {
+            // net/sunrpc/sysfs.c, rpc_sysfs_xprt_dstaddr_store: it has room for no other address, and says that all went well.
+            let hint = "Linux leads a connection to another IPv4 address alone";
             return Err(Error::new(doing(), Errno::AFNOSUPPORT).with_hint(hint));
         }
         std::thread::scope(|scope| {
@@ -89,7 +93,12 @@ impl Transport {
 
     /// The kernel would wait for the old server to take leave.
     fn end_connections(&self) {
-        match sock_diag::destroy(self.address, self.port.unwrap_or(nfs::PORT)) {
+        let (port, which) = match self.port {
+            Some(port) => (port, Which::All),
+            // It is not connected: what is may be somebody else's.
+            None => (nfs::PORT, Which::Connecting),
+        };
+        match sock_diag::destroy(self.address, port, which) {
             Ok(count) => tracing::debug!(address = %self.address, count, "ended connections"),
             Err(error) => tracing::debug!(%error, "the kernel ends the old connection by itself, later"),
         }

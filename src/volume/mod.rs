@@ -65,7 +65,7 @@ use std::time::Duration;
 pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
 pub use report::{Observation, Stats, Usage, status, try_overlay, waiting};
-pub use source::{address_that_answers, ask_host};
+pub use source::{ask_host, where_nfs_answers};
 
 use crate::blocking;
 use crate::error::{Error, Kind, Result};

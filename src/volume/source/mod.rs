@@ -25,4 +25,4 @@ pub use devices::Device;
 pub use moving::Published;
 pub use prepare::Preparer;
 pub use prepared::{ImageKey, Known, Prepared};
-pub use probe::{address_that_answers, ask_host};
+pub use probe::{ask_host, where_nfs_answers};
