@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use csi_driver_squashfs::csi::Endpoint;
 use csi_driver_squashfs::spec::quantity;
-use csi_driver_squashfs::volume::{Bounds, CacheConfig};
+use csi_driver_squashfs::volume::{Bounds, CacheConfig, PrefetchConfig};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Read-only images from an NFS server as directories in pods: a CSI driver, and the same by hand.
@@ -123,6 +123,24 @@ impl Copying {
             copies: self.copies as usize,
             by_default: self.by_default,
         })
+    }
+}
+
+/// The flags of what reads images ahead.
+#[derive(Args)]
+pub struct Prefetching {
+    /// How much of the images of volumes with `prefetch: all` is read into memory ahead of their readers, all together, such as 2Gi: of the
+    /// memory that the driver's container may have [default: nothing]
+    #[arg(long = "prefetch-budget", env = "PREFETCH_BUDGET", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    budget: Option<u64>,
+    /// The most bytes of one image that are read ahead in a second, such as 100Mi [default: as fast as it goes]
+    #[arg(long = "prefetch-rate", env = "PREFETCH_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    rate: Option<u64>,
+}
+
+impl Prefetching {
+    pub fn config(&self) -> PrefetchConfig {
+        PrefetchConfig { budget: self.budget.unwrap_or_default(), rate: self.rate }
     }
 }
 
@@ -306,6 +324,8 @@ pub struct NodeArguments {
     pub mounting: Mounting,
     #[command(flatten)]
     pub copying: Copying,
+    #[command(flatten)]
+    pub prefetching: Prefetching,
     #[command(flatten)]
     pub policy: PolicyFile,
 }

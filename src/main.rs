@@ -20,7 +20,7 @@ use csi_driver_squashfs::ops::{self, Served, Watched, moved};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
 use csi_driver_squashfs::volume::copies::{self, Verified};
-use csi_driver_squashfs::volume::{self, CacheConfig, Config, Publication, Volumes, status, waiting};
+use csi_driver_squashfs::volume::{self, CacheConfig, Config, PrefetchConfig, Publication, Volumes, status, waiting};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -79,7 +79,8 @@ async fn run(cli: Cli) -> Outcome {
 }
 
 async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
-    let NodeArguments { serve, node_id, controller, plugin_registry, mounting, copying, policy } = arguments;
+    let NodeArguments { serve, node_id, controller, plugin_registry, mounting, copying, prefetching, policy } =
+        arguments;
     let Serve { endpoint, health_address, metrics_address } = serve;
     let policy = Arc::new(read_policy(&policy)?);
     let identity = Identity { driver_name: driver_name.to_owned(), controller, node: true };
@@ -89,8 +90,8 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
         tracing::warn!("this node lacks: {missing}");
     }
     let data_dir = mounting.data_dir.path(driver_name);
-    let cache = copying.config(&data_dir);
-    let volumes = volumes(driver_name, mounting, cache, policy)?;
+    let (cache, prefetch) = (copying.config(&data_dir), prefetching.config());
+    let volumes = volumes(driver_name, mounting, cache, prefetch, policy)?;
     volumes.sweep();
     volumes.tend_copies();
     let node = Node { node_id, volumes: Arc::clone(&volumes) };
@@ -132,7 +133,9 @@ async fn controller(driver_name: &str, arguments: Serve, policy: &PolicyFile) ->
 
 /// What it is for, the driver can do without.
 async fn tell_status(data_dir: &Path, volumes: &Volumes, stop: &watch::Receiver<bool>) -> io::Result<()> {
-    if let Err(error) = waiting::serve(data_dir, || volumes.copies_under_way(), stopped(stop)).await {
+    if let Err(error) =
+        waiting::serve(data_dir, || (volumes.copies_under_way(), volumes.prefetching()), stopped(stop)).await
+    {
         tracing::error!("'status' will not know what threads wait for, and what is copied: {error}");
     }
     Ok(())
@@ -160,7 +163,7 @@ async fn mount(
 ) -> Outcome {
     let (spec, policy) = read_spec(spec, policy)?;
     let target = std::path::absolute(target)?;
-    let volumes = volumes(driver_name, mounting, None, Arc::new(policy))?;
+    let volumes = volumes(driver_name, mounting, None, PrefetchConfig::default(), Arc::new(policy))?;
     let mount = volumes.allow(spec, None)?;
     let mounted = volumes.publish(Publication::by_hand(target, mount, read_only), false).await;
     volumes.finish_deletions();
@@ -169,7 +172,7 @@ async fn mount(
 
 async fn unmount(driver_name: &str, target: &Path, mounting: Mounting) -> Outcome {
     let target = std::path::absolute(target)?;
-    let volumes = volumes(driver_name, mounting, None, Arc::default())?;
+    let volumes = volumes(driver_name, mounting, None, PrefetchConfig::default(), Arc::default())?;
     let unmounted = volumes.unpublish(&volume::by_hand(&target), &target).await;
     volumes.finish_deletions();
     Ok(unmounted?)
@@ -283,7 +286,8 @@ async fn warm(
         return Err("how much of the disk copies may take is not known: set --cache-quota".into());
     };
     let config = CacheConfig { by_default: true, ..config };
-    let volumes = volumes(driver_name, mounting, Some(config), Arc::new(read_policy(policy)?))?;
+    let volumes =
+        volumes(driver_name, mounting, Some(config), PrefetchConfig::default(), Arc::new(read_policy(policy)?))?;
     for spec in specs {
         let parsed = spec::json::parse(&read(spec)?)?;
         warn(parsed.warnings());
@@ -298,6 +302,7 @@ fn volumes(
     driver_name: &str,
     mounting: Mounting,
     cache: Option<CacheConfig>,
+    prefetch: PrefetchConfig,
     policy: Arc<Policy>,
 ) -> Outcome<Arc<Volumes>> {
     let config = Config {
@@ -307,6 +312,7 @@ fn volumes(
         host_root: mounting.host_root,
         nfs_read_ahead: mounting.nfs_read_ahead,
         cache,
+        prefetch,
         timeout: Duration::from_secs(mounting.timeout.seconds),
     };
     Ok(Volumes::new(config, Arc::new(Linux::new()?))?)

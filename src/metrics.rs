@@ -31,6 +31,7 @@ struct Metrics {
     waiting: Mutex<BTreeMap<Arc<str>, i64>>,
     releasing: Gauge,
     cache: Cache,
+    prefetched_bytes: Counter,
 }
 
 /// What becomes of the copies of images on the node's disk.
@@ -53,6 +54,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| Metrics {
     waiting: Mutex::default(),
     releasing: Gauge::default(),
     cache: Cache::default(),
+    prefetched_bytes: Counter::default(),
 });
 
 fn histogram() -> Histogram {
@@ -152,6 +154,11 @@ pub fn cache() -> &'static Cache {
     &METRICS.cache
 }
 
+/// What was read of images ahead of those who read in them.
+pub fn prefetched_bytes() -> &'static Counter {
+    &METRICS.prefetched_bytes
+}
+
 /// A copy that is being made, while this lives.
 pub struct UnderWay(());
 
@@ -201,6 +208,8 @@ pub fn registry() -> Registry {
     );
     let help = "Bytes of images that were copied to this node";
     registry.register_with_unit("cache_copied", help, Unit::Bytes, copied_bytes.clone());
+    let help = "Bytes of images that were read into the node's memory ahead of their readers";
+    registry.register_with_unit("prefetched", help, Unit::Bytes, metrics.prefetched_bytes.clone());
     registry.register("cache_evictions", "Copies that made way for others", evictions.clone());
     registry.register("cache_failures", "Copies that failed", failures.clone());
     registry.register(

@@ -29,7 +29,7 @@ fn copied(id: &str, image: &str) -> Volume {
 }
 
 /// An image with a file of `mib` that no compression makes smaller; returns the file's digest.
-fn make_image(name: &str, mib: u32) -> Vec<u8> {
+pub(super) fn make_image(name: &str, mib: u32) -> Vec<u8> {
     let tree = Tree::new(&[]);
     let file = tree.path().join("file");
     run("dd", &["if=/dev/urandom", &format!("of={}", file.display()), "bs=1M", &format!("count={mib}"), "status=none"]);
@@ -38,7 +38,7 @@ fn make_image(name: &str, mib: u32) -> Vec<u8> {
     digest
 }
 
-fn hash(file: &Path) -> std::io::Result<Vec<u8>> {
+pub(super) fn hash(file: &Path) -> std::io::Result<Vec<u8>> {
     let (mut file, mut sum, mut buffer) = (fs::File::open(file)?, Sha256::new(), vec![0; 1 << 20]);
     loop {
         match file.read(&mut buffer)? {
@@ -74,7 +74,7 @@ fn cache(driver: &Driver, arguments: &[&str]) -> Output {
     Command::new(&driver.binary).arg("cache").args(arguments).args(of).output().unwrap()
 }
 
-fn rpcs() -> u64 {
+pub(super) fn rpcs() -> u64 {
     let output = Command::new("nfs-server").arg("rpcs").output().unwrap();
     String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
 }

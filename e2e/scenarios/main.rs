@@ -12,6 +12,7 @@ mod killed;
 mod moved;
 mod operations;
 mod outage;
+mod prefetch;
 mod story;
 mod strangers;
 mod verity;

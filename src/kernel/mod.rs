@@ -19,6 +19,7 @@ pub mod mountstats;
 pub mod namespace;
 pub mod nfs;
 pub mod overlay;
+pub mod page_cache;
 pub mod scratch;
 pub mod sock_diag;
 pub mod support;

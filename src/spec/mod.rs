@@ -3,8 +3,8 @@
 //! A volume names its mount in one of two forms: the JSON `mount` object of the Kraken ImageAPI ([`json`]) or flat
 //! parameters ([`parameters`]). Both become the same [`Mount`]; the admin's [`policy`] then says whether it is allowed.
 
-mod copies;
 pub mod error;
+mod image_parameters;
 pub mod json;
 mod mount_options;
 pub mod options;
@@ -26,8 +26,8 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use copies::{Cache, Digest, Verity};
 pub use error::SpecError;
+pub use image_parameters::{Cache, Digest, Prefetch, Verity};
 pub use parsed::{Allowed, Parsed};
 
 /// The parameter that holds a JSON `mount` object.
@@ -204,13 +204,15 @@ pub struct Loopback {
     pub digest: Option<Digest>,
     /// By what the kernel verifies them.
     pub verity: Option<Verity>,
+    /// `None` leaves it to the node, as the other.
+    pub prefetch: Option<Prefetch>,
     pub base: Base,
 }
 
 impl Loopback {
     /// One that says no more of the file than where it is.
     pub fn new(path: String, base: Base) -> Loopback {
-        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, verity: None, base }
+        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, verity: None, prefetch: None, base }
     }
 }
 

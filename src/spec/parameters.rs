@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::copies::{CACHE, Copies, DIGEST, VERITY};
 use super::error::{SpecError, unknown};
+use super::image_parameters::{CACHE, DIGEST, ImageParameters, PREFETCH, VERITY};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
 use super::{
@@ -32,6 +32,7 @@ pub(super) const KNOWN: &[&str] = &[
     CACHE,
     DIGEST,
     VERITY,
+    PREFETCH,
     mount_options::PARAMETER,
 ];
 
@@ -44,8 +45,8 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
-/// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; and `verity` the root
-/// hash by which the kernel verifies it.
+/// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
+/// hash by which the kernel verifies it; and `prefetch` (`all` or `none`) whether its images are read ahead of their readers.
 ///
 /// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
 /// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.
@@ -62,14 +63,13 @@ pub fn parse_attributes<'a>(
         Some(REFUSE) => Symlinks::Refuse,
         Some(other) => return Err(invalid(SYMLINKS, unknown("value", other, &["follow", REFUSE]))),
     };
-    let [cache, digest, verity] = [CACHE, DIGEST, VERITY].map(|name| attributes.remove(name));
-    let copies = Copies::parse(cache.as_deref(), digest.as_deref(), verity.as_deref())?;
+    let of_images = ImageParameters::take_from(&mut attributes)?;
     let parsed = match (attributes.remove(MOUNT_SPEC), attributes.keys().next()) {
         (None, _) => flat(&attributes, &mount_options),
         (Some(_), Some(key)) => Err(invalid(key, "stands beside \"mountSpec\": use one form or the other")),
         (Some(spec), None) => json::parse_with(&spec, &mount_options),
     };
-    parsed?.with_symlinks(symlinks).with_copies(copies)
+    parsed?.with_symlinks(symlinks).with_image_parameters(of_images)
 }
 
 /// The parameters in the spelling of `known`, without those of Kubernetes.

@@ -2,8 +2,8 @@
 
 use std::ops::Deref;
 
-use super::copies::{Copies, VERITY};
 use super::error::SpecError;
+use super::image_parameters::{ImageParameters, VERITY};
 use super::policy::Policy;
 use super::{MOUNT_SPEC, Mount, Symlinks};
 
@@ -34,9 +34,9 @@ impl Parsed {
         self
     }
 
-    /// The same, where images are copied to the node or not.
-    pub(super) fn with_copies(mut self, copies: Copies) -> Result<Parsed, SpecError> {
-        copies.apply(&mut self.mount)?;
+    /// The same, with what is said of its images.
+    pub(super) fn with_image_parameters(mut self, parameters: ImageParameters) -> Result<Parsed, SpecError> {
+        parameters.apply(&mut self.mount)?;
         Ok(self)
     }
 

@@ -18,8 +18,8 @@ use export::Limits;
 pub use layers::{Share, WritableLayers};
 use server::Server;
 
-use super::copies::CACHE;
 use super::error::{SpecError, quote};
+use super::image_parameters::CACHE;
 use super::pattern::{components, covers, matches, names_host};
 use super::read::{self, words};
 use super::{Attach, Base, Bind, Cache, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, text};

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::publication::Publication;
-use super::{Bounds, CacheConfig, Config, Volumes};
+use super::{Bounds, CacheConfig, Config, PrefetchConfig, Volumes};
 use crate::error::Result;
 use crate::kernel::double::Double;
 use crate::lock::lock;
@@ -193,6 +193,7 @@ fn start(kernel: &Arc<Double>, directory: &Path, policy: &Arc<Policy>, timeout: 
             copies: 1,
             by_default: false,
         }),
+        prefetch: PrefetchConfig { budget: 1 << 20, rate: None },
         policy: Arc::clone(policy),
         timeout,
     };

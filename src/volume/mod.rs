@@ -65,7 +65,7 @@ use std::time::Duration;
 pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
 pub use report::{Observation, Stats, Usage, status, try_overlay, waiting};
-pub use source::{ask_host, where_nfs_answers};
+pub use source::{PrefetchConfig, Prefetching, ask_host, where_nfs_answers};
 
 use crate::blocking;
 use crate::error::{Error, Kind, Result};
@@ -100,6 +100,8 @@ pub struct Config {
     pub nfs_read_ahead: Option<u32>,
     /// How copies of images are kept; `None` for a process that keeps none.
     pub cache: Option<CacheConfig>,
+    /// How much of images is read ahead.
+    pub prefetch: PrefetchConfig,
     /// What volumes may ask for.
     pub policy: Arc<Policy>,
     /// How long a call may take before it is answered with `DEADLINE_EXCEEDED`; its work goes on.
@@ -126,7 +128,7 @@ impl Volumes {
     /// Makes the data directory.
     pub fn new(config: Config, kernel: Arc<dyn Kernel>) -> Result<Arc<Self>> {
         blocking::start_releasing();
-        let Config { driver_name, data_dir, host_root, nfs_read_ahead, cache, policy, timeout } = config;
+        let Config { driver_name, data_dir, host_root, nfs_read_ahead, cache, prefetch, policy, timeout } = config;
         let mark = Mark::new(&driver_name);
         let records = Records::new(&data_dir)?;
         let cache = match cache {
@@ -134,7 +136,7 @@ impl Volumes {
             None => Cache::off("the driver runs without --cache-quota"),
         };
         let (cache, kernel_too) = (Arc::new(cache), Arc::clone(&kernel));
-        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache)?;
+        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache, prefetch)?;
         let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
             report: Report::new(Arc::clone(&kernel), mark.clone(), Arc::clone(&preparer), records.clone(), timeout),
@@ -266,6 +268,11 @@ impl Volumes {
     /// What this process copies to this node now, and what it failed to.
     pub fn copies_under_way(&self) -> Vec<UnderWay> {
         self.preparer.cache().under_way()
+    }
+
+    /// What this process reads ahead now.
+    pub fn prefetching(&self) -> Vec<Prefetching> {
+        self.preparer.prefetching()
     }
 
     /// Copies the images of a mount to this node and waits for it: see [`Preparer::warm`].

@@ -133,3 +133,26 @@ annotations:
 {{- define "squashfs.cacheDirectory" -}}
 {{- if .Values.node.cache.quota }}{{ .Values.node.cache.directory }}{{ end }}
 {{- end }}
+
+{{/* A quantity, in bytes. */}}
+{{- define "squashfs.bytes" -}}
+{{- $text := ternary (printf "%.0f" .) (toString .) (kindIs "float64" .) -}}
+{{- $number := regexFind "^[0-9.]+" $text -}}
+{{- $unit := trimPrefix $number $text -}}
+{{- $factors := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- if not (hasKey $factors $unit) -}}
+{{- fail (printf "%v is no quantity that can be added to another: write it as 64Mi" .) -}}
+{{- end -}}
+{{- mulf (float64 $number) (get $factors $unit) | int64 -}}
+{{- end -}}
+
+{{/* What is read ahead on a node is of the memory of the driver's container. */}}
+{{- define "squashfs.nodeResources" -}}
+{{- $resources := deepCopy .Values.node.resources -}}
+{{- $limit := dig "limits" "memory" "" $resources -}}
+{{- if and $limit .Values.node.prefetch.budget -}}
+{{- $sum := add (include "squashfs.bytes" $limit) (include "squashfs.bytes" .Values.node.prefetch.budget) -}}
+{{- $_ := set $resources.limits "memory" (toString $sum) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

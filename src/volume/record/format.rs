@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks};
 
 /// What is written.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -100,6 +100,9 @@ pub struct Loopback {
     /// From version 4 on.
     #[serde(default)]
     verity: Option<String>,
+    /// From version 5 on.
+    #[serde(default)]
+    prefetch: Option<String>,
     base: Base,
     /// What the image was when it was attached.
     #[serde(default)]
@@ -218,6 +221,7 @@ impl Mount {
                         }),
                         digest: image.digest.map(|digest| digest.to_string()),
                         verity: image.verity.map(|verity| verity.to_string()),
+                        prefetch: image.prefetch.map(|prefetch| prefetch.as_str().to_owned()),
                         base: Base::of(&image.base, images),
                         content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
                             let Content { inode, size, modified } = *content;
@@ -283,15 +287,17 @@ impl Mount {
                 no_exec,
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
-                    Device::Loopback(Loopback { path, refuse_symlinks, cache, digest, verity, base, content }) => {
+                    Device::Loopback(image) => {
+                        let Loopback { path, refuse_symlinks, cache, digest, verity, prefetch, base, content } = image;
                         let cache = cache.map(|cache| match cache {
                             Cache::Node => spec::Cache::Node,
                             Cache::None => spec::Cache::None,
                         });
                         let digest = digest.map(|digest| spec::Digest::parse(&digest)).transpose()?;
                         let verity = verity.map(|verity| spec::Verity::parse(&verity)).transpose()?;
+                        let prefetch = prefetch.map(|prefetch| spec::Prefetch::parse(&prefetch)).transpose()?;
                         let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
-                        let image = spec::Loopback { path, symlinks, cache, digest, verity, base };
+                        let image = spec::Loopback { path, symlinks, cache, digest, verity, prefetch, base };
                         if let Some(Image { inode, size, modified }) = content {
                             images.push((image.clone(), Content { inode, size, modified }));
                         }

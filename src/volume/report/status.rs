@@ -15,6 +15,7 @@ use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
 use crate::volume::cache::{UnderWay, by_hand};
 use crate::volume::record::{self, List, Record, Unreadable};
+use crate::volume::source::Prefetching;
 use crate::volume::source::mark::{Mark, loop_devices_of, without_nfs_directory};
 
 /// What the driver has on this node.
@@ -29,6 +30,8 @@ pub struct Status {
     pub waiting: Vec<Waiting>,
     /// What it copies to this node, and what it failed to.
     pub copies: Vec<UnderWay>,
+    /// What it reads into the node's memory ahead of those who read.
+    pub prefetching: Vec<Prefetching>,
     /// Why it did not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silent: Option<String>,
@@ -99,11 +102,12 @@ pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Stat
     let copy_of = |device: &Attached| copies.as_ref()?.image_below(device);
     let loop_devices = loop_devices(attached, &verified, &volumes, copy_of);
     // A driver that does not answer is no reason to say nothing of what it has.
-    let (Told { waiting, copies }, silent) = match waiting::ask(data_dir) {
+    let (Told { waiting, copies, prefetching }, silent) = match waiting::ask(data_dir) {
         Ok(told) => (told, None),
         Err(error) => (Told::default(), Some(error.message)),
     };
-    Ok(Status { volumes, loop_devices, threads: threads(), waiting, copies, silent, unreadable_records: unreadable })
+    let threads = threads();
+    Ok(Status { volumes, loop_devices, threads, waiting, copies, prefetching, silent, unreadable_records: unreadable })
 }
 
 fn threads() -> Vec<WaitingThread> {
@@ -194,6 +198,9 @@ impl fmt::Display for Status {
                 None => writeln!(f, "copying {image} to this node: {copied} of {size} bytes")?,
                 Some(why) => writeln!(f, "not copied to this node, and tried again: {image}: {why}")?,
             }
+        }
+        for Prefetching { image, size, read } in &self.prefetching {
+            writeln!(f, "reading {image} ahead: {read} of {size} bytes")?;
         }
         for WaitingThread { process, id, purpose, state, seconds } in &self.threads {
             let what = match purpose {

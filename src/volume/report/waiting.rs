@@ -1,5 +1,5 @@
 //! What only the driver that serves this node knows, told at a socket in its data directory: what its threads wait for, of which the kernel
-//! tells other processes only that they wait, and what it copies.
+//! tells other processes only that they wait, what it copies, and what it reads ahead.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -14,6 +14,7 @@ use crate::blocking;
 use crate::error::{Error, Result};
 use crate::socket;
 use crate::volume::cache::UnderWay;
+use crate::volume::source::Prefetching;
 
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -35,12 +36,13 @@ pub struct Waiting {
 pub struct Told {
     pub waiting: Vec<Waiting>,
     pub copies: Vec<UnderWay>,
+    pub prefetching: Vec<Prefetching>,
 }
 
 /// Tells whoever connects, until `stop` is ready.
 pub async fn serve(
     data_dir: &Path,
-    copies: impl Fn() -> Vec<UnderWay>,
+    in_background: impl Fn() -> (Vec<UnderWay>, Vec<Prefetching>),
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let path = socket_in(data_dir);
@@ -52,7 +54,8 @@ pub async fn serve(
             connection = connections.next() => connection,
         };
         if let Some(Ok(mut connection)) = connection {
-            let text = serde_json::to_vec(&Told { waiting: now(), copies: copies() })?;
+            let (copies, prefetching) = in_background();
+            let text = serde_json::to_vec(&Told { waiting: now(), copies, prefetching })?;
             // Who does not listen is told nothing.
             let _ = tokio::time::timeout(PATIENCE, connection.write_all(&text)).await;
         }
@@ -101,7 +104,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert!(ask(directory.path()).unwrap().waiting.is_empty(), "no driver runs");
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = serve(directory.path(), Vec::new, async { drop(stopped.await) });
+        let serving = serve(directory.path(), Default::default, async { drop(stopped.await) });
         let path = directory.path().to_owned();
         let (told, heard) = std::sync::mpsc::channel::<()>();
         let stuck = blocking::run("a step of this test", move || {

@@ -4,6 +4,7 @@
 //! A [`Preparer`] turns a spec into a [`Prepared`]: servers asked, exports mounted, images on loop devices, all of it shared and held
 //! until dropped. [`build()`] turns that into one detached mount.
 
+mod ahead;
 mod build;
 mod devices;
 mod earlier;
@@ -13,6 +14,7 @@ pub mod mark;
 mod moving;
 mod nfs_mount;
 mod open_base;
+mod prefetch;
 mod prepare;
 mod prepared;
 mod probe;
@@ -20,6 +22,7 @@ mod resolve;
 mod shared;
 mod signed;
 
+pub use ahead::{PrefetchConfig, Prefetching};
 pub use build::{UpperLayer, build, overlay_on};
 pub use devices::Device;
 pub use moving::Published;

@@ -66,11 +66,16 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let verified = BTreeMap::from(verified.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let verified = parse_attributes(&verified, &[]).unwrap().mount().clone();
     let verified = Record { mount: verified, images: Vec::new(), ..record("verified", seed) };
-    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4)]);
+    let prefetched = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("prefetch", "all")];
+    let prefetched = BTreeMap::from(prefetched.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let prefetched = parse_attributes(&prefetched, &[]).unwrap().mount().clone();
+    let prefetched = Record { mount: prefetched, images: Vec::new(), ..record("prefetched", seed) };
+    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4), ("prefetched", 5)]);
     let mut volumes = BTreeMap::from([
         ("claim", Record { images: Vec::new(), ..claim }),
         ("copied", copied),
         ("verified", verified),
+        ("prefetched", prefetched),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
@@ -127,10 +132,10 @@ fn what_is_written_is_the_present_version() {
 
 #[test]
 fn of_a_record_that_cannot_be_read_volume_and_target_are_told() {
-    let newer = br#"{"version": 5, "volumeId": "v", "target": "/t", "mount": "?"}"#;
-    let failure = read(newer).unwrap_err();
+    let newer = format!(r#"{{"version": {}, "volumeId": "v", "target": "/t", "mount": "?"}}"#, VERSION + 1);
+    let failure = read(newer.as_bytes()).unwrap_err();
     assert_eq!((failure.head.volume_id.as_deref(), failure.head.target), (Some("v"), Some("/t".into())));
-    assert!(failure.why.contains("version 5, and this driver reads up to 4"), "{}", failure.why);
+    assert!(failure.why.contains(&format!("and this driver reads up to {VERSION}")), "{}", failure.why);
     let spoilt = br#"{"version": 1, "volumeId": "v", "target": "/t", "readOnly": false, "mount": {"Ufo": {}}}"#;
     assert_eq!(read(spoilt).unwrap_err().head.volume_id.as_deref(), Some("v"));
     for text in ["", "{", "[]", "null", "{\"version\": -1}"] {

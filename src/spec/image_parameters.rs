@@ -1,5 +1,6 @@
-//! Whether an image is copied to the node's disk, and which bytes it is to have.
+//! What a volume says of its images whatever the form of its mount: which bytes they are to have, and how they come to the node.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::error::{SpecError, quote, unknown};
@@ -9,6 +10,7 @@ use super::{Attach, Device, Mount};
 pub(super) const CACHE: &str = "cache";
 pub(super) const DIGEST: &str = "digest";
 pub(super) const VERITY: &str = "verity";
+pub(super) const PREFETCH: &str = "prefetch";
 
 /// Whether an image on an export is copied to the disk of each node that uses it, and read there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +26,32 @@ impl Cache {
             "node" => Ok(Cache::Node),
             "none" => Ok(Cache::None),
             _ => Err(unknown("value", text, &["node", "none"])),
+        }
+    }
+}
+
+/// Whether an image on an export is read into a node's memory ahead of those who will read in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Prefetch {
+    /// From its beginning to its end.
+    All,
+    None,
+}
+
+impl Prefetch {
+    /// Reads it as a user writes it.
+    pub fn parse(text: &str) -> Result<Prefetch, String> {
+        match text {
+            "all" => Ok(Prefetch::All),
+            "none" => Ok(Prefetch::None),
+            _ => Err(unknown("value", text, &["all", "none"])),
+        }
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Prefetch::All => "all",
+            Prefetch::None => "none",
         }
     }
 }
@@ -92,27 +120,29 @@ impl fmt::Display for Digest {
     }
 }
 
-/// What a volume says of the bytes of its images, whatever the form of its mount.
+/// All of it.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Copies {
-    pub cache: Option<Cache>,
-    pub digest: Option<Digest>,
-    pub verity: Option<Verity>,
+pub(super) struct ImageParameters {
+    cache: Option<Cache>,
+    digest: Option<Digest>,
+    verity: Option<Verity>,
+    prefetch: Option<Prefetch>,
 }
 
-impl Copies {
-    pub fn parse(cache: Option<&str>, digest: Option<&str>, verity: Option<&str>) -> Result<Copies, SpecError> {
-        let invalid = |name| move |message: String| SpecError::invalid(name, "", message);
-        let cache = cache.map(|text| Cache::parse(text.trim())).transpose().map_err(invalid(CACHE))?;
-        let digest = digest.map(|text| Digest::parse(text.trim())).transpose().map_err(invalid(DIGEST))?;
-        let verity = verity.map(|text| Verity::parse(text.trim())).transpose().map_err(invalid(VERITY))?;
+impl ImageParameters {
+    /// Takes its parameters from those of a volume.
+    pub fn take_from(attributes: &mut BTreeMap<&'static str, String>) -> Result<ImageParameters, SpecError> {
+        let cache = take(attributes, CACHE, Cache::parse)?;
+        let digest = take(attributes, DIGEST, Digest::parse)?;
+        let verity = take(attributes, VERITY, Verity::parse)?;
+        let prefetch = take(attributes, PREFETCH, Prefetch::parse)?;
         if digest.is_some() && cache == Some(Cache::None) {
             let message =
                 "is checked where the image is copied, and \"cache: none\" says not to: leave one of them out";
             return Err(SpecError::invalid(DIGEST, "", message));
         }
         // Nobody names the bytes of an image to have them looked at or not.
-        Ok(Copies { cache: cache.or(digest.map(|_| Cache::Node)), digest, verity })
+        Ok(ImageParameters { cache: cache.or(digest.map(|_| Cache::Node)), digest, verity, prefetch })
     }
 
     /// Applies it to the images of a mount that lie on exports.
@@ -123,7 +153,7 @@ impl Copies {
                 && image.base.export().is_some()
             {
                 images += 1;
-                (image.cache, image.digest) = (self.cache, self.digest);
+                (image.cache, image.digest, image.prefetch) = (self.cache, self.digest, self.prefetch);
                 if let Some(root) = self.verity {
                     other = image.verity.replace(root).filter(|before| *before != root).or(other);
                 }
@@ -141,4 +171,13 @@ impl Copies {
             _ => Ok(()),
         }
     }
+}
+
+fn take<T>(
+    attributes: &mut BTreeMap<&'static str, String>,
+    name: &'static str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, SpecError> {
+    let parsed = attributes.remove(name).map(|text| parse(text.trim())).transpose();
+    parsed.map_err(|message| SpecError::invalid(name, "", message))
 }

@@ -1,0 +1,105 @@
+//! Images that are read into the node's memory ahead of their readers.
+
+use std::fs;
+use std::path::Path;
+
+use super::copies::{hash, make_image, rpcs};
+use super::harness::nfs_server::{Link, fresh_caches};
+use super::harness::node::in_time;
+use super::harness::{Driver, Volume, run, wait_for};
+use super::server;
+
+fn ahead(id: &str, image: &str) -> Volume {
+    let of = [("server", &*server()), ("share", "/images"), ("image", image), ("prefetch", "all")];
+    Volume::flat(id, &of).inline()
+}
+
+/// Images that are being read ahead.
+fn under_way(driver: &Driver) -> usize {
+    driver.status()["prefetching"].as_array().unwrap().len()
+}
+
+fn wait_until_read(driver: &Driver) {
+    wait_for("the image to be read ahead", || driver.log().contains("was read ahead"));
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn an_image_is_read_ahead_in_large_calls_and_its_readers_need_none() {
+    let digest = make_image("ahead.sqsh", 32);
+    let driver = Driver::start_with(&["--prefetch-budget=1Gi"], None);
+    let volume = ahead("v", "ahead.sqsh");
+    fresh_caches();
+    let before = rpcs();
+    let target = driver.publish(&volume, "pod").unwrap();
+    wait_until_read(&driver);
+    let calls = rpcs() - before;
+    assert!(calls < 32 * 4, "{calls} calls for 32 MiB");
+    let before = rpcs();
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    assert!(rpcs() - before < 10, "its reader asked the server {} times", rpcs() - before);
+    assert_eq!(under_way(&driver), 0);
+    driver.unpublish(&volume, "pod").unwrap();
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn what_is_read_ahead_ends_with_its_volume_with_its_server_and_with_the_driver() {
+    let digest = make_image("slow-ahead.sqsh", 32);
+    let mut driver = Driver::start_with(&["--prefetch-budget=1Gi", "--prefetch-rate=1Mi", "--timeout=20"], None);
+    let volume = ahead("v", "slow-ahead.sqsh");
+    let begin = |driver: &Driver| {
+        let target = driver.publish(&volume, "pod").unwrap();
+        wait_for("a part of the image", || driver.status()["prefetching"][0]["read"].as_u64() > Some(0));
+        target
+    };
+    begin(&driver);
+    in_time("the end of the pod", || driver.unpublish(&volume, "pod")).unwrap();
+    driver.assert_nothing_left();
+    assert_eq!(under_way(&driver), 0);
+
+    let target = begin(&driver);
+    let link = Link::cut();
+    in_time("the end of the pod", || driver.unpublish(&volume, "pod")).unwrap();
+    link.restore();
+    driver.assert_nothing_left();
+    assert!(!target.exists());
+
+    let target = begin(&driver);
+    driver.kill();
+    driver.launch();
+    assert_eq!(under_way(&driver), 0);
+    fresh_caches();
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    driver.unpublish(&volume, "pod").unwrap();
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_driver_that_may_have_less_memory_than_it_reads_ahead_lives_on() {
+    let digest = make_image("larger.sqsh", 96);
+    let driver = Driver::start_with(&["--prefetch-budget=1Gi"], None);
+    let mounted = tempfile::tempdir().unwrap();
+    let root = mounted.path();
+    run("mount", &["-t", "cgroup2", "cgroup2", root.to_str().unwrap()]);
+    let write = |path: &Path, text: &str| fs::write(path, text).unwrap();
+    write(&root.join("cgroup.subtree_control"), "+memory");
+    let group = root.join("ahead");
+    fs::create_dir(&group).unwrap();
+    write(&group.join("memory.max"), "32M");
+    write(&group.join("cgroup.procs"), &driver.pid().to_string());
+    let volume = ahead("v", "larger.sqsh");
+    let target = driver.publish(&volume, "pod").unwrap();
+    wait_until_read(&driver);
+    let events = fs::read_to_string(group.join("memory.events")).unwrap();
+    assert!(events.contains("oom_kill 0"), "{events}");
+    assert!(!events.contains("max 0\n"), "the limit was never reached: {events}");
+    assert_eq!(hash(&target.join("file")).unwrap(), digest);
+    driver.unpublish(&volume, "pod").unwrap();
+    driver.assert_nothing_left();
+    write(&root.join("cgroup.procs"), &driver.pid().to_string());
+    fs::remove_dir(&group).unwrap();
+    run("umount", &[root.to_str().unwrap()]);
+}
