@@ -129,8 +129,8 @@ impl Copying {
 /// The flags of what reads images ahead.
 #[derive(Args)]
 pub struct Prefetching {
-    /// How much of the images of volumes with `prefetch: all` is read into memory ahead of their readers, all together, such as 2Gi: of the
-    /// memory that the driver's container may have [default: nothing]
+    /// How much of images is read into memory ahead of their readers, all together, such as 256Mi: of the memory that the driver's
+    /// container may have [default: nothing]
     #[arg(long = "prefetch-budget", env = "PREFETCH_BUDGET", value_name = "QUANTITY", value_parser = quantity::bytes)]
     budget: Option<u64>,
     /// The most bytes of one image that are read ahead in a second, such as 100Mi [default: as fast as it goes]

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::copies::{hash, make_image, rpcs};
+use super::harness::image::Tree;
 use super::harness::nfs_server::{Link, fresh_caches};
 use super::harness::node::in_time;
 use super::harness::{Driver, Volume, run, wait_for};
@@ -41,6 +42,65 @@ fn an_image_is_read_ahead_in_large_calls_and_its_readers_need_none() {
     assert_eq!(under_way(&driver), 0);
     driver.unpublish(&volume, "pod").unwrap();
     driver.assert_nothing_left();
+}
+
+/// Eight files of 2 MiB, of which a pod reads two.
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn what_was_read_of_an_image_is_read_ahead_in_fewer_calls_the_next_time() {
+    let make = || {
+        let tree = Tree::new(&[]);
+        for file in 0..8 {
+            let path = format!("of={}/{file}", tree.path().display());
+            run("dd", &["if=/dev/urandom", &path, "bs=1M", "count=2", "status=none"]);
+        }
+        // Written elsewhere and renamed: another file.
+        tree.squashfs("/images/learned.new");
+        fs::rename("/images/learned.new", "/images/learned.sqsh").unwrap();
+    };
+    make();
+    let mut driver = Driver::start_with(&["--prefetch-budget=64Mi"], None);
+    let of = [("server", &*server()), ("share", "/images"), ("image", "learned.sqsh")];
+    let volume = Volume::flat("v", &of).inline();
+    let read_ahead = |driver: &Driver| driver.log().matches("was read ahead").count();
+    // How often the server was asked for two files, and how often before that.
+    let use_it = |driver: &Driver, wait: bool| {
+        fresh_caches();
+        let before = rpcs();
+        let target = driver.publish(&volume, "pod").unwrap();
+        if wait {
+            wait_until_read(driver);
+        }
+        let published = rpcs();
+        let digests = ["3", "6"].map(|file| hash(&target.join(file)).unwrap());
+        let read = rpcs();
+        driver.unpublish(&volume, "pod").unwrap();
+        driver.assert_nothing_left();
+        (published - before, read - published, digests)
+    };
+    let (published, read, digests) = use_it(&driver, false);
+    assert_eq!(read_ahead(&driver), 0);
+    wait_for("something to be learned", || driver.data_dir().join("learned").exists());
+    driver.restart_with(&[]);
+    let (published_again, read_again, digests_again) = use_it(&driver, true);
+    println!("{published} calls and {read}; then {published_again} and {read_again}");
+    assert_eq!(digests, digests_again);
+    assert!(read > 20 && read_again < 5, "{read} calls, and then {read_again}");
+    let ahead = published_again - published;
+    assert!(ahead < read / 2, "{ahead} calls in place of {read}");
+    let log = driver.log();
+    let bytes = log.lines().find(|line| line.contains("was read ahead")).unwrap().split("bytes=").nth(1).unwrap();
+    let bytes: u64 = bytes.split_whitespace().next().unwrap().parse().unwrap();
+    assert!((4 << 20..6 << 20).contains(&bytes), "{bytes} bytes were read ahead for two files of 2 MiB");
+
+    // What somebody wrote there costs a line of the log, and what is of another image nothing.
+    let learned = fs::read_dir(driver.data_dir().join("learned")).unwrap().next().unwrap().unwrap().path();
+    fs::write(learned, r#"{"parts":[[0,18446744073709551615]]}"#).unwrap();
+    assert_eq!(use_it(&driver, false).2, digests);
+    assert!(driver.log().contains("is not known: "));
+    make();
+    assert_ne!(use_it(&driver, false).2, digests);
+    assert_eq!(read_ahead(&driver), 1);
 }
 
 #[test]

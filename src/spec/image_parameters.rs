@@ -35,6 +35,8 @@ impl Cache {
 pub enum Prefetch {
     /// From its beginning to its end.
     All,
+    /// What of it was read when it was used last on this node.
+    Learned,
     None,
 }
 
@@ -43,14 +45,16 @@ impl Prefetch {
     pub fn parse(text: &str) -> Result<Prefetch, String> {
         match text {
             "all" => Ok(Prefetch::All),
+            "learned" => Ok(Prefetch::Learned),
             "none" => Ok(Prefetch::None),
-            _ => Err(unknown("value", text, &["all", "none"])),
+            _ => Err(unknown("value", text, &["learned", "all", "none"])),
         }
     }
 
     pub fn as_str(self) -> &'static str {
         match self {
             Prefetch::All => "all",
+            Prefetch::Learned => "learned",
             Prefetch::None => "none",
         }
     }

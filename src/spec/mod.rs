@@ -204,7 +204,7 @@ pub struct Loopback {
     pub digest: Option<Digest>,
     /// By what the kernel verifies them.
     pub verity: Option<Verity>,
-    /// `None` leaves it to the node, as the other.
+    /// `None` is [`Prefetch::Learned`].
     pub prefetch: Option<Prefetch>,
     pub base: Base,
 }

@@ -46,7 +46,7 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
 /// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
-/// hash by which the kernel verifies it; and `prefetch` (`all` or `none`) whether its images are read ahead of their readers.
+/// hash by which the kernel verifies it; and `prefetch` (`learned`, `all` or `none`) what of its images is read ahead of their readers.
 ///
 /// `mount_options` and the attribute `mountOptions` are one list in either form: options of nfs(5) for every NFS export
 /// of the spec, and `noexec` for every image. They may repeat what an export says but not contradict it.

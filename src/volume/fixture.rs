@@ -21,6 +21,8 @@ pub struct Node {
     /// Of the NFS server on loopback.
     pub port: u16,
     pub timeout: Duration,
+    /// For the next process.
+    pub prefetch: PrefetchConfig,
     directory: tempfile::TempDir,
     policy: Arc<Policy>,
     server: tokio::task::AbortHandle,
@@ -40,8 +42,9 @@ impl Node {
         let port = listener.local_addr().unwrap().port();
         let server = tokio::spawn(answer_null_calls(listener)).abort_handle();
         let policy = Arc::new(Policy::parse(policy).unwrap());
-        let volumes = start(&kernel, directory.path(), &policy, timeout);
-        Node { kernel, volumes, port, timeout, directory, policy, server }
+        let prefetch = PrefetchConfig::default();
+        let volumes = start(&kernel, directory.path(), &policy, timeout, prefetch);
+        Node { kernel, volumes, port, timeout, prefetch, directory, policy, server }
     }
 
     /// From now on the NFS server refuses all connections.
@@ -54,7 +57,7 @@ impl Node {
 
     /// A new process in the place of the one that was killed.
     pub fn restart(&mut self) {
-        self.volumes = start(&self.kernel, self.directory.path(), &self.policy, self.timeout);
+        self.volumes = start(&self.kernel, self.directory.path(), &self.policy, self.timeout, self.prefetch);
     }
 
     /// A new process with another policy.
@@ -180,7 +183,13 @@ pub fn squashfs(size: usize) -> Vec<u8> {
     image
 }
 
-fn start(kernel: &Arc<Double>, directory: &Path, policy: &Arc<Policy>, timeout: Duration) -> Arc<Volumes> {
+fn start(
+    kernel: &Arc<Double>,
+    directory: &Path,
+    policy: &Arc<Policy>,
+    timeout: Duration,
+    prefetch: PrefetchConfig,
+) -> Arc<Volumes> {
     let config = Config {
         driver_name: "test.csi.dev".into(),
         data_dir: directory.join("data"),
@@ -193,7 +202,7 @@ fn start(kernel: &Arc<Double>, directory: &Path, policy: &Arc<Policy>, timeout: 
             copies: 1,
             by_default: false,
         }),
-        prefetch: PrefetchConfig { budget: 1 << 20, rate: None },
+        prefetch,
         policy: Arc::clone(policy),
         timeout,
     };

@@ -79,7 +79,7 @@ use in_flight::{InFlight, Key, Lease, Request};
 use record::{Record, Records};
 use report::Report;
 use source::mark::Mark;
-use source::{Known, Prepared, Preparer, Published};
+use source::{Known, Learned, Prefetcher, Prepared, Preparer, Published};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -135,8 +135,9 @@ impl Volumes {
             Some(config) => Cache::new(config, &driver_name),
             None => Cache::off("the driver runs without --cache-quota"),
         };
+        let prefetcher = Prefetcher::new(prefetch, Learned::new(&data_dir.join("learned")));
         let (cache, kernel_too) = (Arc::new(cache), Arc::clone(&kernel));
-        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache, prefetch)?;
+        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache, prefetcher)?;
         let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
             report: Report::new(Arc::clone(&kernel), mark.clone(), Arc::clone(&preparer), records.clone(), timeout),

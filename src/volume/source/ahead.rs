@@ -1,4 +1,4 @@
-//! How much of images a node reads ahead of those who will read in them, and in which order.
+//! How much of images a node reads ahead of those who will read in them, in which order, and what is learned for that.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,13 +7,17 @@ use std::sync::{Arc, Mutex, Weak};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
+use super::learned::Learned;
+use crate::blocking::OffThread;
+use crate::kernel::page_cache::Watched;
 use crate::lock::lock;
+use crate::volume::cache::Original;
 
 /// How much a node reads ahead.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PrefetchConfig {
-    /// The most bytes of all images that are attached, together; 0 for a node that reads nothing ahead. They are of the memory of the
-    /// driver's cgroup.
+    /// The most bytes of all images that are attached, together; 0 for a node that reads nothing ahead, and learns nothing. They are of the
+    /// memory of the driver's cgroup.
     pub budget: u64,
     /// The most bytes of one image in a second.
     pub rate: Option<u64>,
@@ -22,6 +26,7 @@ pub struct PrefetchConfig {
 /// What is read ahead on a node.
 pub struct Prefetcher {
     config: PrefetchConfig,
+    learned: Learned,
     taken: Arc<Mutex<u64>>,
     /// One image at a time of each server.
     turns: Mutex<HashMap<String, Arc<Semaphore>>>,
@@ -43,6 +48,83 @@ impl Drop for Share {
 impl Share {
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+}
+
+/// What is read ahead of an attached image, and learned of it.
+#[derive(Default)]
+pub struct OfImage(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    is_begun: bool,
+    is_ended: bool,
+    share: Option<Share>,
+    watch: Option<OffThread<Watch>>,
+}
+
+impl OfImage {
+    /// It is seen to from now on; says whether nobody did before.
+    pub fn begin(&self) -> bool {
+        !std::mem::replace(&mut lock(&self.0).is_begun, true)
+    }
+
+    /// Keeps a part of the budget until the end.
+    pub fn hold(&self, share: Share) {
+        let mut state = lock(&self.0);
+        state.share = Some(share).filter(|_| !state.is_ended);
+    }
+
+    /// What is read of it is written down at the end.
+    pub fn watch(&self, watch: OffThread<Watch>) {
+        let mut state = lock(&self.0);
+        state.watch = Some(watch).filter(|_| !state.is_ended);
+    }
+
+    /// Writes down what was read of it so far.
+    pub fn learn(&self) {
+        if let Some(watch) = &lock(&self.0).watch {
+            watch.learn();
+        }
+    }
+
+    pub fn is_ended(&self) -> bool {
+        lock(&self.0).is_ended
+    }
+
+    /// It is not read from its server any more.
+    pub fn end(&self) {
+        let ended = State { is_begun: true, is_ended: true, share: None, watch: None };
+        let before = std::mem::replace(&mut *lock(&self.0), ended);
+        drop(before);
+    }
+}
+
+/// An image of which it is written down what was read, at the latest when this is dropped.
+pub struct Watch {
+    file: Watched,
+    original: Original,
+    learned: Learned,
+}
+
+impl Watch {
+    pub fn new(file: Watched, original: Original, learned: Learned) -> Self {
+        Watch { file, original, learned }
+    }
+
+    fn learn(&self) {
+        let cached = self.file.cached().map_err(|error| error.to_string());
+        let written =
+            cached.and_then(|parts| self.learned.add(&self.original, parts).map_err(|error| error.to_string()));
+        if let Err(error) = written {
+            tracing::warn!("what was read of {} is not written down: {error}", self.original.name);
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.learn();
     }
 }
 
@@ -71,9 +153,13 @@ pub struct Prefetching {
 }
 
 impl Prefetcher {
-    pub fn new(config: PrefetchConfig) -> Self {
+    pub fn new(config: PrefetchConfig, learned: Learned) -> Self {
         let (taken, turns, under_way) = (Arc::default(), Mutex::default(), Mutex::default());
-        Prefetcher { config, taken, turns, under_way }
+        Prefetcher { config, learned, taken, turns, under_way }
+    }
+
+    pub fn learned(&self) -> &Learned {
+        &self.learned
     }
 
     pub fn is_on(&self) -> bool {
@@ -122,22 +208,27 @@ impl Prefetcher {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
+    fn prefetcher(budget: u64) -> Prefetcher {
+        Prefetcher::new(PrefetchConfig { budget, rate: None }, Learned::new(Path::new("/nowhere")))
+    }
 
     #[test]
     fn the_budget_is_shared_by_the_images_that_are_attached() {
-        let prefetcher = Prefetcher::new(PrefetchConfig { budget: 100, rate: None });
+        let prefetcher = prefetcher(100);
         let one = prefetcher.take(70).unwrap();
         let two = prefetcher.take(70).unwrap();
         assert_eq!((one.bytes(), two.bytes()), (70, 30));
         assert!(prefetcher.take(1).is_none());
         drop(one);
         assert_eq!(prefetcher.take(200).unwrap().bytes(), 70);
-        assert!(!Prefetcher::new(PrefetchConfig::default()).is_on());
+        assert!(prefetcher.is_on());
     }
 
     #[test]
     fn what_is_read_ahead_is_told_until_it_is_done() {
-        let prefetcher = Prefetcher::new(PrefetchConfig { budget: 100, rate: None });
+        let prefetcher = prefetcher(100);
         let ahead = prefetcher.begin("a".into(), 50);
         ahead.is_at(20);
         let told = prefetcher.under_way();

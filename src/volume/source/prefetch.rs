@@ -1,96 +1,67 @@
 //! Images that are read into the node's memory ahead of those who will read in them, behind the backs of their volumes.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::ahead::Prefetching;
+use super::ahead::{Prefetcher, Prefetching, Watch};
 use super::prepare::Preparer;
-use super::prepared::{AttachedImage, PreparedBase};
-use crate::blocking::OffThread;
+use super::prepared::AttachedImage;
+use crate::blocking::{self, OffThread};
 use crate::error::{Error, Result};
 use crate::kernel::image::Image;
-use crate::kernel::{Doing, page_cache};
+use crate::kernel::page_cache::{self, Watched};
+use crate::kernel::{self, Doing};
 use crate::metrics;
-use crate::places::run_at;
+use crate::places::{Places, run_at};
 use crate::spec::{Loopback, Prefetch};
 use crate::step::{self, Step};
-use crate::volume::cache::Name;
+use crate::volume::cache::{Name, Original};
 
 /// How much of an image is on its way at a time, at least and at most.
 const LEAST: u64 = 64 << 10;
 const MOST: u64 = 16 << 20;
 /// How often it is asked whether anybody still has the image.
 const ASKED: Duration = Duration::from_secs(1);
+/// How long an image is used until it is written down what was read of it, so that it is known also where the driver is killed.
+const LEARNED: Duration = Duration::from_secs(120);
+
+/// An image that is to be read ahead, open on its server.
+pub(super) struct ToPrefetch {
+    file: OffThread<File>,
+    original: Original,
+    what: Prefetch,
+}
 
 impl Preparer {
-    /// The file of an image that is to be read ahead.
-    pub(super) fn to_prefetch(&self, spec: &Loopback, image: &Image) -> Result<Option<OffThread<File>>> {
-        if spec.prefetch != Some(Prefetch::All) || !self.prefetcher.is_on() {
+    /// What is needed to read an image ahead, where its volume wants that.
+    pub(super) fn to_prefetch(&self, spec: &Loopback, image: &Image) -> Result<Option<ToPrefetch>> {
+        let what = spec.prefetch.unwrap_or(Prefetch::Learned);
+        let Some(name) = Name::of(spec).filter(|_| what != Prefetch::None && self.prefetcher.is_on()) else {
             return Ok(None);
-        }
-        let file = image.file.try_clone().doing(|| "keep an image open".into())?;
-        Ok(Some(OffThread::new(file)))
+        };
+        let file = OffThread::new(image.file.try_clone().doing(|| "keep an image open".into())?);
+        Ok(Some(ToPrefetch { file, original: Original::of(name, image), what }))
     }
 
-    /// Reads an image ahead from its beginning, as far as the budget goes, unless that was begun before. Nobody waits for it, and it ends with
-    /// the image's last user.
-    pub(super) fn prefetch(
-        &self,
-        spec: &Loopback,
-        file: OffThread<File>,
-        attached: &Arc<OffThread<AttachedImage>>,
-        base: &PreparedBase,
-    ) {
-        let Some(name) = Name::of(spec).filter(|_| !attached.is_read_ahead()) else { return };
-        let Some(share) = self.prefetcher.take(attached.size()) else {
-            tracing::info!("{name} is not read ahead: the budget is spent on other images");
-            return;
-        };
-        let end = share.bytes();
-        if !attached.read_ahead(share) {
+    /// Reads an image ahead, as far as the budget goes, unless that was begun before, and sees to it that what is read of it is learned. Nobody
+    /// waits for it, and it ends with the image's last user.
+    pub(super) fn prefetch(&self, image: ToPrefetch, attached: &Arc<OffThread<AttachedImage>>, places: Option<Places>) {
+        if !attached.ahead.begin() {
             return;
         }
-        let (ahead, rate) = (self.prefetcher.begin(name.to_string(), end), self.prefetcher.rate());
-        let turns = self.prefetcher.turns_of(&name.server);
-        let (file, places, attached) = (Arc::new(file), base.places(), Arc::downgrade(attached));
-        let read = async move {
-            let is_wanted = || attached.upgrade().is_some_and(|attached| attached.is_read_ahead());
-            let _turn = loop {
-                match tokio::time::timeout(ASKED, turns.acquire()).await {
-                    Ok(turn) => break turn,
-                    Err(_) if is_wanted() => {}
-                    Err(_) => return Ok(()),
-                }
-            };
-            let (start, mut at) = (Instant::now(), 0);
-            let window = rate.map_or(MOST, |rate| (rate * ASKED.as_secs()).clamp(LEAST, MOST));
-            while at < end && is_wanted() {
-                let (part, file) = (at..end.min(at + window), Arc::clone(&file));
-                at = part.end;
-                let size = part.end - part.start;
-                let fill = move || page_cache::fill(&file, part);
-                run_at(places.clone(), format!("read {name} ahead"), fill).await?;
-                ahead.is_at(at);
-                metrics::prefetched_bytes().inc_by(size);
-                if let Some(rate) = rate {
-                    tokio::time::sleep_until(start + Duration::from_secs_f64(at as f64 / rate as f64)).await;
-                }
-            }
-            if at == end {
-                tracing::info!(bytes = end, "{name} was read ahead");
-            }
-            Ok::<_, Error>(())
-        };
-        let read = async move {
-            if let Err(error) = read.await {
-                tracing::warn!("an image is read no further ahead: {error}");
+        let (prefetcher, attached) = (Arc::clone(&self.prefetcher), Arc::downgrade(attached));
+        let work = async move {
+            let name = image.original.name.to_string();
+            if let Err(error) = see_to(&prefetcher, image, &attached, places).await {
+                tracing::warn!("{name} is read no further ahead: {error}");
             }
         };
         // The threads that it takes count for who asked for it.
-        tokio::spawn(Step::for_namespace(step::namespace().as_deref()).observe(read));
+        tokio::spawn(Step::for_namespace(step::namespace().as_deref()).observe(work));
     }
 
     /// What is being read ahead.
@@ -99,49 +70,124 @@ impl Preparer {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use crate::error::Result;
-    use crate::metrics;
-    use crate::spec::parameters::parse_attributes;
-    use crate::volume::Publication;
-    use crate::volume::fixture::{Node, squashfs, wait_for};
-
-    /// A volume of an image, read ahead or not.
-    async fn publish(node: &Node, image: &str, prefetch: &str, pod: &str) -> Result<()> {
-        let port = format!("port={}", node.port);
-        let of = [("server", "127.0.0.1"), ("share", "/images"), ("image", image), ("nfsOptions", &port)];
-        let all = [&of[..], &[("prefetch", prefetch)]].concat().into_iter();
-        let all: BTreeMap<_, _> = all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
-        let mount = node.volumes.allow(parse_attributes(&all, &[]).unwrap(), None).unwrap();
-        let (volume_id, target) = (pod.to_owned(), node.target(pod));
-        let publication = Publication { volume_id, target, mount, read_only: true, namespace: None, exclusive: false };
-        node.volumes.publish(publication, false).await
-    }
-
-    /// All tests of the process count together, and no other reads ahead.
-    #[tokio::test]
-    async fn an_image_is_read_ahead_once_as_far_as_the_budget_goes_and_gives_its_share_back() {
-        let node = Node::new().await;
-        let write = |name: &str, size| std::fs::write(node.kernel.export().join(name), squashfs(size)).unwrap();
-        write("small", 400 << 10);
-        write("large", 800 << 10);
-        let read = || metrics::prefetched_bytes().get() >> 10;
-        publish(&node, "small", "none", "a").await.unwrap();
-        assert_eq!((read(), node.volumes.prefetching().len()), (0, 0));
-        for (image, pod, so_far) in
-            [("small", "b", 400), ("large", "c", 1024), ("small", "d", 1024), ("large", "e", 1024)]
-        {
-            publish(&node, image, "all", pod).await.unwrap();
-            wait_for(|| read() == so_far && node.volumes.prefetching().is_empty(), || format!("{} KiB", read())).await;
+async fn see_to(
+    prefetcher: &Prefetcher,
+    image: ToPrefetch,
+    attached: &Weak<OffThread<AttachedImage>>,
+    places: Option<Places>,
+) -> Result<()> {
+    let ToPrefetch { file, original, what } = image;
+    let (file, name) = (Arc::new(file), original.name.to_string());
+    let parts = match what {
+        Prefetch::None => Vec::new(),
+        Prefetch::All => vec![0..original.size],
+        Prefetch::Learned => {
+            let (file, learned, of) = (Arc::clone(&file), prefetcher.learned().clone(), original.clone());
+            let begin = move || {
+                let file = file.try_clone().doing(|| "keep an image open".into())?;
+                let known = learned.read(&of);
+                let watch = Watch::new(Watched::new(file, of.size)?, of, learned);
+                Ok::<_, kernel::Error>((OffThread::new(watch), known))
+            };
+            let (watch, known) = run_at(places.clone(), format!("look what was read of {name}"), begin).await?;
+            let Some(attached) = attached.upgrade() else { return Ok(()) };
+            attached.ahead.watch(watch);
+            known
         }
-        for pod in ["a", "b", "c", "d", "e"] {
-            node.volumes.unpublish(pod, &node.target(pod)).await.unwrap();
+    };
+    let wanted = parts.iter().map(|part| part.end - part.start).sum();
+    match (prefetcher.take(wanted), attached.upgrade()) {
+        (Some(share), Some(image)) => {
+            let parts = first(parts, share.bytes());
+            image.ahead.hold(share);
+            drop(image);
+            read(prefetcher, &file, &original.name, &parts, attached, places).await?;
         }
-        node.assert_nothing_held().await;
-        publish(&node, "large", "all", "f").await.unwrap();
-        wait_for(|| read() == 1024 + 800, || format!("{} KiB", read())).await;
+        (None, Some(_)) if wanted > 0 => {
+            tracing::info!("{name} is not read ahead: the budget is spent on other images")
+        }
+        _ => {}
     }
+    drop(file);
+    if what == Prefetch::Learned {
+        tokio::time::sleep(LEARNED).await;
+        if let Some(attached) = attached.upgrade() {
+            let learn = move || {
+                attached.ahead.learn();
+                Ok::<_, Error>(())
+            };
+            blocking::run("write down what was read of an image", learn).await?;
+        }
+    }
+    Ok(())
 }
+
+/// Reads parts of an image, after other images of its server, for as long as anybody has it on its server.
+async fn read(
+    prefetcher: &Prefetcher,
+    file: &Arc<OffThread<File>>,
+    name: &Name,
+    parts: &[Range<u64>],
+    attached: &Weak<OffThread<AttachedImage>>,
+    places: Option<Places>,
+) -> Result<()> {
+    let size = parts.iter().map(|part| part.end - part.start).sum();
+    let (ahead, rate) = (prefetcher.begin(name.to_string(), size), prefetcher.rate());
+    let is_wanted = || attached.upgrade().is_some_and(|attached| !attached.ahead.is_ended());
+    let turns = prefetcher.turns_of(&name.server);
+    let _turn = loop {
+        match tokio::time::timeout(ASKED, turns.acquire()).await {
+            Ok(turn) => break turn,
+            Err(_) if is_wanted() => {}
+            Err(_) => return Ok(()),
+        }
+    };
+    let (start, mut done) = (Instant::now(), 0);
+    for parts in windows(parts, rate.map_or(MOST, |rate| (rate * ASKED.as_secs()).clamp(LEAST, MOST))) {
+        if !is_wanted() {
+            return Ok(());
+        }
+        let (file, bytes) = (Arc::clone(file), parts.iter().map(|part| part.end - part.start).sum::<u64>());
+        let fill = move || page_cache::fill(&file, &parts);
+        run_at(places.clone(), format!("read {name} ahead"), fill).await?;
+        done += bytes;
+        ahead.is_at(done);
+        metrics::prefetched_bytes().inc_by(bytes);
+        if let Some(rate) = rate {
+            tokio::time::sleep_until(start + Duration::from_secs_f64(done as f64 / rate as f64)).await;
+        }
+    }
+    tracing::info!(bytes = done, "{name} was read ahead");
+    Ok(())
+}
+
+/// The first so many bytes of these parts.
+fn first(parts: Vec<Range<u64>>, mut bytes: u64) -> Vec<Range<u64>> {
+    let cut = |part: Range<u64>| {
+        let length = bytes.min(part.end - part.start);
+        bytes -= length;
+        (length > 0).then(|| part.start..part.start + length)
+    };
+    parts.into_iter().map_while(cut).collect()
+}
+
+/// The same parts, so many bytes at a time.
+fn windows(parts: &[Range<u64>], window: u64) -> Vec<Vec<Range<u64>>> {
+    let (mut windows, mut left) = (Vec::<Vec<_>>::new(), 0);
+    for part in parts {
+        let mut at = part.start;
+        while at < part.end {
+            if left == 0 {
+                windows.push(Vec::new());
+                left = window;
+            }
+            let end = part.end.min(at + left);
+            windows.last_mut().expect("one was begun").push(at..end);
+            (at, left) = (end, left - (end - at));
+        }
+    }
+    windows
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use rustix::io::Errno;
 
-use super::ahead::{PrefetchConfig, Prefetcher};
+use super::ahead::Prefetcher;
 use super::exports::Exports;
 use super::mark::Mark;
 use super::open_base::OpenBase;
@@ -41,7 +41,7 @@ pub struct Preparer {
     pub(super) exports: Arc<Exports>,
     pub(super) images: Arc<Images>,
     pub(super) cache: Arc<Cache>,
-    pub(super) prefetcher: Prefetcher,
+    pub(super) prefetcher: Arc<Prefetcher>,
     /// The servers whose copies are seen to, while that lives.
     pub(super) tending: Mutex<HashMap<String, Weak<()>>>,
 }
@@ -55,7 +55,7 @@ impl Preparer {
         host_root: &Path,
         read_ahead: Option<u32>,
         cache: Arc<Cache>,
-        prefetch: PrefetchConfig,
+        prefetcher: Prefetcher,
     ) -> Result<Self> {
         let host_root = Arc::new(open_directory(host_root)?);
         let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), read_ahead));
@@ -67,7 +67,7 @@ impl Preparer {
             exports,
             images: Arc::default(),
             cache,
-            prefetcher: Prefetcher::new(prefetch),
+            prefetcher: Arc::new(prefetcher),
             tending: Mutex::default(),
         })
     }
@@ -173,10 +173,10 @@ impl Preparer {
         }
         let (base, image) = opened.await?;
         let (content, root) = (image.content, self.root_hash(spec, Some(&base)).await?);
-        let ahead = self.to_prefetch(spec, &image)?;
+        let to_prefetch = self.to_prefetch(spec, &image)?;
         let attached = self.attach(spec, image, root, file_system, Origin::Base(base.clone())).await?;
-        if let Some(file) = ahead {
-            self.prefetch(spec, file, &attached, &base);
+        if let Some(to_prefetch) = to_prefetch {
+            self.prefetch(to_prefetch, &attached, base.places());
         }
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }

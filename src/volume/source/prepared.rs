@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use super::ahead::Share;
+use super::ahead::OfImage;
 use super::mark::{Layer, Mark};
 use super::nfs_mount::NfsMount;
 use crate::blocking::{OffThread, measured};
@@ -105,8 +105,7 @@ pub struct AttachedImage {
     verified: Option<VerifiedDevice>,
     pub device: LoopDevice,
     origin: Mutex<Origin>,
-    /// Where it is read ahead.
-    ahead: Mutex<Option<Share>>,
+    pub ahead: OfImage,
 }
 
 impl AttachedImage {
@@ -125,7 +124,14 @@ impl AttachedImage {
         let verified = verity.map(verify).transpose()?;
         let path = path_of(verified.as_ref(), &device);
         let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;
-        Ok(AttachedImage { key, _mount: mount, verified, device, origin: Mutex::new(origin), ahead: Mutex::default() })
+        Ok(AttachedImage {
+            key,
+            _mount: mount,
+            verified,
+            device,
+            origin: Mutex::new(origin),
+            ahead: OfImage::default(),
+        })
     }
 
     /// The device that is mounted.
@@ -133,27 +139,11 @@ impl AttachedImage {
         path_of(self.verified.as_ref(), &self.device)
     }
 
-    /// In bytes.
-    pub fn size(&self) -> u64 {
-        self.key.identity.size
-    }
-
-    /// It is read ahead from now on; says whether nobody did before.
-    pub fn read_ahead(&self, share: Share) -> bool {
-        let mut ahead = lock(&self.ahead);
-        let is_first = ahead.is_none();
-        ahead.get_or_insert(share);
-        is_first
-    }
-
-    pub fn is_read_ahead(&self) -> bool {
-        lock(&self.ahead).is_some()
-    }
-
     /// From now on it is read from this node: lets go of what it came from.
     pub fn is_local_now(&self) {
-        let before = (std::mem::replace(&mut *lock(&self.origin), Origin::Copy), lock(&self.ahead).take());
+        let before = std::mem::replace(&mut *lock(&self.origin), Origin::Copy);
         drop(before);
+        self.ahead.end();
     }
 }
 
