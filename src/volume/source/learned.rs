@@ -125,6 +125,7 @@ fn merge(mut parts: Vec<Range<u64>>, gap: u64) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "that is one part")]
 mod tests {
     use super::*;
     use crate::volume::cache::Name;

@@ -80,7 +80,7 @@ async fn see_to(
     let (file, name) = (Arc::new(file), original.name.to_string());
     let parts = match what {
         Prefetch::None => Vec::new(),
-        Prefetch::All => vec![0..original.size],
+        Prefetch::All => std::iter::once(0..original.size).collect(),
         Prefetch::Learned => {
             let (file, learned, of) = (Arc::clone(&file), prefetcher.learned().clone(), original.clone());
             let begin = move || {
