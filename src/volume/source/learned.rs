@@ -87,14 +87,18 @@ impl Learned {
 
     /// Forgets the images that were used longest ago.
     fn make_room(&self) -> io::Result<()> {
-        let mut files = Vec::new();
-        for entry in fs::read_dir(&self.directory)? {
-            let entry = entry?;
-            files.push((entry.metadata()?.modified()?, entry.path()));
-        }
+        // What is gone meanwhile makes room, too.
+        let used = |entry: io::Result<fs::DirEntry>| {
+            let entry = entry.ok()?;
+            Some((entry.metadata().and_then(|metadata| metadata.modified()).ok()?, entry.path()))
+        };
+        let mut files: Vec<_> = fs::read_dir(&self.directory)?.filter_map(used).collect();
         files.sort();
         let surplus = (files.len() + 1).saturating_sub(IMAGES);
-        files.iter().take(surplus).try_for_each(|(_, path)| fs::remove_file(path))
+        files.iter().take(surplus).try_for_each(|(_, path)| match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
     }
 
     fn path(&self, original: &Original) -> PathBuf {
