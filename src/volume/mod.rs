@@ -42,8 +42,12 @@
 //! 1. [`in_flight::Lease`], while a stage or publish changes what its key stands for, this node's disk included; what supersedes it
 //!    waits for that.
 //! 2. `recording`, while a record is written, so that of two that may not both be there the second sees the first.
-//! 3. For moments: the operations under way, the live objects of [`source`], the places of servers, the deletions of [`record`].
-//! 4. For moments, and each by itself: `staged`, `published`, what [`report`] remembers, the step of an operation, metrics.
+//! 3. For moments: the operations under way, the live objects of [`source`], what is read ahead of an image, the places of servers, the
+//!    deletions of [`record`].
+//! 4. For moments, and each by itself: `staged`, `published`, what [`report`] remembers, the budget of what is read ahead, the step of an
+//!    operation, metrics.
+//!
+//! What is learned of images is written by one thread at a time: that lock is taken by those that wait for the disk, who hold no other.
 
 mod cache;
 #[cfg(test)]

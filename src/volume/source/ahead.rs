@@ -60,7 +60,7 @@ struct State {
     is_begun: bool,
     is_ended: bool,
     share: Option<Share>,
-    watch: Option<OffThread<Watch>>,
+    watch: Option<Arc<OffThread<Watch>>>,
 }
 
 impl OfImage {
@@ -78,14 +78,12 @@ impl OfImage {
     /// What is read of it is written down at the end.
     pub fn watch(&self, watch: OffThread<Watch>) {
         let mut state = lock(&self.0);
-        state.watch = Some(watch).filter(|_| !state.is_ended);
+        state.watch = Some(Arc::new(watch)).filter(|_| !state.is_ended);
     }
 
-    /// Writes down what was read of it so far.
-    pub fn learn(&self) {
-        if let Some(watch) = &lock(&self.0).watch {
-            watch.learn();
-        }
+    /// By what it is learned what was read of it so far.
+    pub fn watched(&self) -> Option<Arc<OffThread<Watch>>> {
+        lock(&self.0).watch.clone()
     }
 
     pub fn is_ended(&self) -> bool {
@@ -112,7 +110,8 @@ impl Watch {
         Watch { file, original, learned }
     }
 
-    fn learn(&self) {
+    /// Writes it down. Waits for the disk.
+    pub fn learn(&self) {
         let cached = self.file.cached().map_err(|error| error.to_string());
         let written =
             cached.and_then(|parts| self.learned.add(&self.original, parts).map_err(|error| error.to_string()));

@@ -7,9 +7,11 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
+use crate::lock::lock;
 use crate::volume::cache::Original;
 
 /// What lies no further apart is read together: a call costs as much as so many bytes.
@@ -24,6 +26,8 @@ const MAX: u64 = 256 << 10;
 #[derive(Clone, Debug)]
 pub struct Learned {
     directory: PathBuf,
+    /// Taken while something is written, by the threads that wait for the disk.
+    writing: Arc<Mutex<()>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -36,7 +40,7 @@ struct Text {
 impl Learned {
     /// It is made when something is written down.
     pub fn new(directory: &Path) -> Self {
-        Learned { directory: directory.to_owned() }
+        Learned { directory: directory.to_owned(), writing: Arc::default() }
     }
 
     /// The parts of an image that were read, in their order; none where nothing is known.
@@ -66,6 +70,7 @@ impl Learned {
 
     /// Adds these parts to what is known of an image.
     pub fn add(&self, original: &Original, parts: Vec<Range<u64>>) -> io::Result<()> {
+        let _writing = lock(&self.writing);
         let known = self.read(original);
         let mut all = merge([known.clone(), parts].concat(), GAP);
         let mut gap = GAP;

@@ -28,6 +28,8 @@ const MOST: u64 = 16 << 20;
 const ASKED: Duration = Duration::from_secs(1);
 /// How long an image is used until it is written down what was read of it, so that it is known also where the driver is killed.
 const LEARNED: Duration = Duration::from_secs(120);
+/// The largest image of which it is learned what is read.
+const MOST_LEARNED: u64 = 256 << 30;
 
 /// An image that is to be read ahead, open on its server.
 pub(super) struct ToPrefetch {
@@ -57,7 +59,7 @@ impl Preparer {
         let work = async move {
             let name = image.original.name.to_string();
             if let Err(error) = see_to(&prefetcher, image, &attached, places).await {
-                tracing::warn!("{name} is read no further ahead: {error}");
+                tracing::warn!("what is read of {name} is not learned: {error}");
             }
         };
         // The threads that it takes count for who asked for it.
@@ -81,6 +83,11 @@ async fn see_to(
     let parts = match what {
         Prefetch::None => Vec::new(),
         Prefetch::All => std::iter::once(0..original.size).collect(),
+        // The kernel is asked about each of its pages.
+        Prefetch::Learned if original.size > MOST_LEARNED => {
+            tracing::info!("{name} has more than {MOST_LEARNED} bytes: it is not learned what is read of it");
+            Vec::new()
+        }
         Prefetch::Learned => {
             let (file, learned, of) = (Arc::clone(&file), prefetcher.learned().clone(), original.clone());
             let begin = move || {
@@ -95,13 +102,15 @@ async fn see_to(
             known
         }
     };
-    let wanted = parts.iter().map(|part| part.end - part.start).sum();
+    let wanted = bytes_of(&parts);
     match (prefetcher.take(wanted), attached.upgrade()) {
         (Some(share), Some(image)) => {
             let parts = first(parts, share.bytes());
             image.ahead.hold(share);
             drop(image);
-            read(prefetcher, &file, &original.name, &parts, attached, places).await?;
+            if let Err(error) = read(prefetcher, &file, &original.name, &parts, attached, places).await {
+                tracing::warn!("{name} is read no further ahead: {error}");
+            }
         }
         (None, Some(_)) if wanted > 0 => {
             tracing::info!("{name} is not read ahead: the budget is spent on other images")
@@ -111,10 +120,11 @@ async fn see_to(
     drop(file);
     if what == Prefetch::Learned {
         tokio::time::sleep(LEARNED).await;
-        if let Some(attached) = attached.upgrade() {
+        if let Some(watch) = attached.upgrade().and_then(|attached| attached.ahead.watched()) {
             let learn = move || {
-                attached.ahead.learn();
-                Ok::<_, Error>(())
+                watch.learn();
+                // Let go of where that waits for nobody.
+                Ok::<_, Error>(watch)
             };
             blocking::run("write down what was read of an image", learn).await?;
         }
@@ -131,8 +141,7 @@ async fn read(
     attached: &Weak<OffThread<AttachedImage>>,
     places: Option<Places>,
 ) -> Result<()> {
-    let size = parts.iter().map(|part| part.end - part.start).sum();
-    let (ahead, rate) = (prefetcher.begin(name.to_string(), size), prefetcher.rate());
+    let (ahead, rate) = (prefetcher.begin(name.to_string(), bytes_of(parts)), prefetcher.rate());
     let is_wanted = || attached.upgrade().is_some_and(|attached| !attached.ahead.is_ended());
     let turns = prefetcher.turns_of(&name.server);
     let _turn = loop {
@@ -147,7 +156,7 @@ async fn read(
         if !is_wanted() {
             return Ok(());
         }
-        let (file, bytes) = (Arc::clone(file), parts.iter().map(|part| part.end - part.start).sum::<u64>());
+        let (file, bytes) = (Arc::clone(file), bytes_of(&parts));
         let fill = move || page_cache::fill(&file, &parts);
         run_at(places.clone(), format!("read {name} ahead"), fill).await?;
         done += bytes;
@@ -159,6 +168,10 @@ async fn read(
     }
     tracing::info!(bytes = done, "{name} was read ahead");
     Ok(())
+}
+
+fn bytes_of(parts: &[Range<u64>]) -> u64 {
+    parts.iter().map(|part| part.end - part.start).sum()
 }
 
 /// The first so many bytes of these parts.
