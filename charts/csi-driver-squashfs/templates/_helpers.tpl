@@ -148,10 +148,11 @@ annotations:
 
 {{/* What is read ahead on a node is of the memory of the driver's container. */}}
 {{- define "squashfs.nodeResources" -}}
-{{- $resources := deepCopy .Values.node.resources -}}
+{{- $resources := deepCopy (.Values.node.resources | default dict) -}}
 {{- $limit := dig "limits" "memory" "" $resources -}}
-{{- if and $limit .Values.node.prefetch.budget -}}
-{{- $sum := add (include "squashfs.bytes" $limit) (include "squashfs.bytes" .Values.node.prefetch.budget) -}}
+{{- $budget := dig "prefetch" "budget" "" .Values.node -}}
+{{- if and $limit $budget -}}
+{{- $sum := add (include "squashfs.bytes" $limit) (include "squashfs.bytes" $budget) -}}
 {{- $_ := set $resources.limits "memory" (toString $sum) -}}
 {{- end -}}
 {{- toYaml $resources -}}
