@@ -205,8 +205,9 @@ fn append(image: &File, size: u64) -> io::Result<RootHash> {
     };
     // What lies behind the data is from an earlier call.
     image.set_len(size)?;
-    image.set_len(with_tree(tree.data) * BLOCK as u64)?;
+    // The mark first: there is no moment at which the image is longer without one.
     put(&[&UNFINISHED[..], &size.to_le_bytes()].concat())?;
+    image.set_len(with_tree(tree.data) * BLOCK as u64)?;
     let root = tree.build(image, |at, block| image.write_all_at(block, at))?;
     image.sync_all()?;
     put(&tree.superblock(&root))?;
@@ -215,10 +216,15 @@ fn append(image: &File, size: u64) -> io::Result<RootHash> {
 
 /// How large an image was, where its tree was cut short.
 fn size_before(image: &File, size: u64) -> Option<u64> {
-    let (data, mut mark) = (data_blocks(size)?, [0; 16]);
-    image.read_exact_at(&mut mark, data * BLOCK as u64).ok()?;
-    let before = u64::from_le_bytes(mark[8..].try_into().ok()?);
-    (mark[..8] == *UNFINISHED && before.div_ceil(BLOCK as u64) == data).then_some(before)
+    let before = |data: u64| {
+        let mut mark = [0; 16];
+        image.read_exact_at(&mut mark, data * BLOCK as u64).ok()?;
+        let before = u64::from_le_bytes(mark[8..].try_into().ok()?);
+        (mark[..8] == *UNFINISHED && before.div_ceil(BLOCK as u64) == data).then_some(before)
+    };
+    // The mark is the last block until there is room for the tree.
+    let last = size.is_multiple_of(BLOCK as u64).then(|| size / BLOCK as u64)?.checked_sub(1)?;
+    data_blocks(size).and_then(before).or_else(|| before(last))
 }
 
 /// Reads an image and its hash tree, and returns the root hash. `EIO` where they do not fit.
@@ -360,14 +366,18 @@ mod tests {
     fn a_tree_that_was_cut_short_is_taken_off_by_the_next_call() {
         let bytes = &content(300)[..300 * BLOCK - 100];
         let root = seal(&image(bytes)).unwrap();
-        let file = image(bytes);
-        file.set_len(with_tree(300) * BLOCK as u64).unwrap();
-        file.write_all_at(&[&UNFINISHED[..], &(bytes.len() as u64).to_le_bytes()].concat(), 300 * BLOCK as u64)
-            .unwrap();
-        file.write_all_at(&[0xff; 5000], 301 * BLOCK as u64).unwrap();
-        assert_eq!(verify(&file).unwrap_err().errno(), Errno::MEDIUMTYPE);
-        assert_eq!(seal(&file).unwrap(), root);
-        assert_eq!((verify(&file).unwrap(), size(&file)), (root, with_tree(300) * BLOCK as u64));
+        for blocks in [301, with_tree(300)] {
+            let file = image(bytes);
+            file.write_all_at(&[&UNFINISHED[..], &(bytes.len() as u64).to_le_bytes()].concat(), 300 * BLOCK as u64)
+                .unwrap();
+            file.set_len(blocks * BLOCK as u64).unwrap();
+            if blocks > 301 {
+                file.write_all_at(&[0xff; 5000], 301 * BLOCK as u64).unwrap();
+            }
+            assert_eq!(verify(&file).unwrap_err().errno(), Errno::MEDIUMTYPE);
+            assert_eq!(seal(&file).unwrap(), root);
+            assert_eq!((verify(&file).unwrap(), size(&file)), (root, with_tree(300) * BLOCK as u64));
+        }
     }
 
     #[test]
