@@ -279,6 +279,10 @@ fn reads(number: u32) -> Reads {
 
 /// The device, if it is attached and ours.
 fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity, Purpose))>> {
+    // Those that this process began to move since it looked, too.
+    if Moving::all().contains(&number) {
+        return Ok(None);
+    }
     let fd = match open(number) {
         Ok(fd) => fd,
         // Let go of in the meantime.
@@ -306,11 +310,10 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity,
 /// possible: to ask for its state may ask its file's server.
 fn candidates() -> Result<Vec<u32>> {
     let entries = std::fs::read_dir("/sys/block").doing(|| "list /sys/block".into())?;
-    let moving = Moving::all().clone();
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let is_set = |name| std::fs::read_to_string(entry.path().join(name)).is_ok_and(|text| text.trim_end() == "1");
-        (!moving.contains(&number) && is_set("ro") && is_set("loop/autoclear")).then_some(number)
+        (is_set("ro") && is_set("loop/autoclear")).then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }

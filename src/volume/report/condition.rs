@@ -126,7 +126,8 @@ impl UnansweredReads {
             if under_way > 0 {
                 self.0.insert(number, (identity, bytes, since));
             }
-            under_way > 0 && now.duration_since(since) >= LONG
+            // A copy hangs with its disk.
+            under_way > 0 && now.duration_since(since) >= LONG && !device.is_local()
         };
         // Each is looked at.
         devices.iter().filter(|device| hang(device)).count() > 0

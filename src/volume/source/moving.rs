@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::mark::Mark;
 use super::prepare::{Images, Preparer};
-use super::prepared::{ImageKey, Prepared, PreparedBase};
+use super::prepared::{ImageKey, PreparedBase};
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::{Content, Image, ImageIdentity};
@@ -123,9 +123,7 @@ impl Mover {
     }
 
     async fn try_to_move(&self, copy: OffThread<Image>, from: ImageIdentity, base: &PreparedBase) -> Result<()> {
-        if let PreparedBase::Mount(mount) = base
-            && let Prepared::Nfs { mount, .. } = &**mount
-        {
+        if let PreparedBase::Mount(mount) = base {
             mount.probe().await?;
         }
         let (kernel, mark, to) = (Arc::clone(&self.kernel), self.mark.clone(), copy.identity);
