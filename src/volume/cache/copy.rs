@@ -5,19 +5,22 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::fs::Advice;
 use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
 
 use super::original::Original;
 use super::store::Part;
 use crate::error::{Error, Kind};
 use crate::kernel::image::Image;
+use crate::lock::lock;
 use crate::metrics;
 use crate::spec::Digest;
 
-/// How much is read at a time; a whole number of the blocks of any disk, as `O_DIRECT` wants it (open(2)).
+/// How much is read at a time; more than that it never waits for (see [`Progress::ask`]). A whole number of the blocks of any disk, as `O_DIRECT` wants it (open(2)).
 const CHUNK: usize = 1 << 20;
 const ALIGNMENT: usize = 4096;
 /// How much may be lost when the power is cut, and wait in the node's memory for the disk.
@@ -40,6 +43,29 @@ impl From<Error> for Failure {
 #[derive(Debug, Default)]
 pub struct Progress {
     pub bytes: AtomicU64,
+    /// Since when the server owes an answer.
+    asked: Mutex<Option<Instant>>,
+}
+
+impl Progress {
+    /// The server is asked for at most a MiB, until the answer is dropped.
+    pub fn ask(self: &Arc<Self>) -> Asked {
+        *lock(&self.asked) = Some(Instant::now());
+        Asked(Arc::clone(self))
+    }
+
+    /// How long the server has owed what it was asked for; zero where that is nothing.
+    pub fn owed(&self) -> Duration {
+        lock(&self.asked).map(|since| since.elapsed()).unwrap_or_default()
+    }
+}
+
+pub struct Asked(Arc<Progress>);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        *lock(&self.0.asked) = None;
+    }
 }
 
 /// Copies `source` into `part`, from where an earlier process was, and looks at what is on the disk in the end. `rate` is the most bytes to
@@ -50,14 +76,16 @@ pub fn copy(
     source: &File,
     part: &mut Part,
     rate: Option<u64>,
-    progress: &Progress,
+    progress: &Arc<Progress>,
 ) -> std::result::Result<Digest, Failure> {
     let original = part.entry.original.clone();
     let unread = |error: io::Error| Failure {
         error: Error::new(Kind::Unavailable, format!("read {}: {error}", original.name)),
         goes_on: true,
     };
+    let asked = progress.ask();
     let source = past_the_cache(source).map_err(unread)?;
+    drop(asked);
     let mut space = vec![0; CHUNK + ALIGNMENT];
     let start = space.as_ptr().align_offset(ALIGNMENT);
     let buffer = &mut space[start..start + CHUNK];
@@ -69,7 +97,9 @@ pub fn copy(
     progress.bytes.store(at, Ordering::Relaxed);
     let (began, first) = (Instant::now(), at);
     while at < original.size {
+        let asked = progress.ask();
         let length = read_full(&source, buffer, at).map_err(unread)?.min((original.size - at) as usize);
+        drop(asked);
         if length == 0 {
             return Err(changed(&original).into());
         }
@@ -86,7 +116,10 @@ pub fn copy(
             std::thread::sleep(due.saturating_sub(began.elapsed()));
         }
     }
-    match Image::look_again(&source) {
+    let asked = progress.ask();
+    let now = Image::look_again(&source);
+    drop(asked);
+    match now {
         Ok(now) if now == (original.content(), original.changed) => {}
         Ok(_) => return Err(changed(&original).into()),
         Err(error) => return Err(Failure { error: error.into(), goes_on: true }),

@@ -21,9 +21,9 @@ use crate::places::{Places, run_at};
 
 /// How long after a copy failed it is tried again.
 const AGAIN: Duration = Duration::from_secs(60);
-/// A copy that gets less than so many bytes in so long is no reason for others to wait, whether its server cannot do better or will not.
-const STALLED: Duration = Duration::from_secs(10);
-const LEAST: u64 = 1 << 20;
+/// A copy that waits so long for what it asked its server for last is no reason for others to wait, whether the server cannot do better or
+/// will not.
+pub const STALLED: Duration = Duration::from_secs(10);
 /// How many such copies of one server there may be, until no other is begun.
 const MOST_STALLED: usize = 2;
 
@@ -48,8 +48,39 @@ impl Making {
         Making { turns: Semaphore::new(copies), stalled: Mutex::default(), copies: Mutex::default() }
     }
 
-    fn stalled(&self, server: &str) -> usize {
+    pub fn stalled(&self, server: &str) -> usize {
         lock(&self.stalled).get(server).map_or(0, Weak::strong_count)
+    }
+
+    /// Makes a copy from this server when it is its turn.
+    pub async fn in_turn<T>(
+        &self,
+        server: &str,
+        progress: &Progress,
+        copying: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let mut turn = Some(self.turns.acquire().await.expect("nobody closes it"));
+        if self.stalled(server) >= MOST_STALLED {
+            let message =
+                format!("{MOST_STALLED} copies from {server} get nothing, or next to nothing: no other is begun");
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+        tokio::pin!(copying);
+        let mut stalled = None;
+        loop {
+            if let Ok(copied) = tokio::time::timeout(STALLED, &mut copying).await {
+                return copied;
+            }
+            if progress.owed() >= STALLED {
+                // The next one goes ahead, and this one goes on when it can.
+                turn = None;
+                stalled.get_or_insert_with(|| self.one_more_stalled(server));
+            } else if turn.is_none() {
+                // Those that wait for one have none that goes on already.
+                turn = self.turns.try_acquire().ok();
+                stalled = stalled.filter(|_| turn.is_none());
+            }
+        }
     }
 
     /// Until the answer is dropped.
@@ -154,17 +185,14 @@ impl Cache {
 
 impl On {
     async fn copy(&self, source: Source, progress: &Arc<Progress>) -> Result<Option<OffThread<Image>>> {
-        let turn = self.making.turns.acquire().await.expect("nobody closes it");
         let server = source.original.name.server.clone();
-        if self.making.stalled(&server) >= MOST_STALLED {
-            let message =
-                format!("{MOST_STALLED} copies from {server} get nothing, or next to nothing: no other is begun");
-            return Err(Error::new(Kind::Unavailable, message));
-        }
         let (store, config, seen) = (Arc::clone(&self.store), self.config.clone(), Arc::clone(progress));
         let Source { original, file, places } = source;
         let step = format!("copy {} to this node", original.name);
+        // A place among the threads that wait for the server is its answer, too.
+        let asked = progress.ask();
         let work = move || {
+            drop(asked);
             if let Some(mut part) = store.begin(&original, config.bounds)? {
                 match copy::copy(&file, &mut part, config.rate, &seen) {
                     Ok(digest) => part.complete(&digest)?,
@@ -179,24 +207,7 @@ impl On {
             }
             Ok::<_, Error>(usable(&store, &original).map(|(_, copy)| copy))
         };
-        let copying = run_at(places, step, work);
-        tokio::pin!(copying);
-        let least = self.config.rate.map_or(LEAST, |rate| LEAST.min(rate * STALLED.as_secs() / 2));
-        let (mut turn, mut stalled, mut last) = (Some(turn), None, 0);
-        loop {
-            match tokio::time::timeout(STALLED, &mut copying).await {
-                Ok(copied) => return copied,
-                Err(_) => {
-                    let now = progress.bytes.load(Ordering::Relaxed);
-                    if now.saturating_sub(last) < least {
-                        // The next one goes ahead, and this one goes on when it can.
-                        turn.take();
-                        stalled.get_or_insert_with(|| self.making.one_more_stalled(&server));
-                    }
-                    last = now;
-                }
-            }
-        }
+        self.making.in_turn(&server, progress, run_at(places, step, work)).await
     }
 }
 

@@ -144,8 +144,9 @@ impl Cache {
         let (store, name) = (Arc::clone(&on.store), name.clone());
         let look = move || {
             for entry in store.entries_of(&name)?.into_iter().rev() {
-                let is_it = if digest.is_some() { entry.has(digest) } else { !entry.superseded };
-                if is_it && let Some((entry, copy)) = usable(&store, &entry.original) {
+                if could_be(&entry, digest)
+                    && let Some((entry, copy)) = usable(&store, &entry.original)
+                {
                     return Ok::<_, Error>(Some((entry.original, copy)));
                 }
             }
@@ -154,11 +155,12 @@ impl Cache {
         blocking::run("look for a copy of the image", look).await
     }
 
-    /// Whether there is a copy by this name that could be used without the server.
-    pub async fn has(&self, name: &Name) -> bool {
+    /// Whether [`Self::last_known`] may know a copy.
+    pub async fn has(&self, name: &Name, digest: Option<Digest>) -> bool {
         let Ok(on) = &self.on else { return false };
         let (store, name) = (Arc::clone(&on.store), name.clone());
-        let look = move || Ok::<_, Error>(store.entries_of(&name)?.iter().any(Entry::is_complete));
+        let is_it = move |entry: &Entry| entry.is_complete() && could_be(entry, digest);
+        let look = move || Ok::<_, Error>(store.entries_of(&name)?.iter().any(is_it));
         blocking::run("look for a copy of the image", look).await.unwrap_or_default()
     }
 
@@ -190,6 +192,11 @@ impl Cache {
         let entries = on.store.entries()?;
         Ok(Some(Kept { bytes: on.store.usage()?, quota: on.config.bounds.quota, entries }))
     }
+}
+
+/// Whether a copy may be used without its server's word.
+fn could_be(entry: &Entry, digest: Option<Digest>) -> bool {
+    if digest.is_some() { entry.has(digest) } else { !entry.superseded }
 }
 
 /// The copy of an image where it can be used. A disk that fails is no reason to fail a volume, which has its server.

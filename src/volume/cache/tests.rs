@@ -3,6 +3,7 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::copy::{Progress, copy};
+use super::making::STALLED;
 use super::*;
 use crate::kernel::loop_device::{LoopDevice, Purpose, Reads};
 use std::collections::HashMap;
@@ -58,7 +59,7 @@ impl Fixture {
 }
 
 fn copied(source: &File, part: &mut store::Part) -> Result<Digest> {
-    copy(source, part, None, &Progress::default()).map_err(|failure| failure.error)
+    copy(source, part, None, &Arc::default()).map_err(|failure| failure.error)
 }
 
 #[test]
@@ -332,30 +333,42 @@ fn a_loop_device_stands_on_a_copy_by_the_file_that_it_has_and_not_by_the_name_of
     assert_eq!(fixture.store.below(&device), Some(id));
 }
 
+/// A copy that never ends, from a server that owes what was asked for last or none.
+async fn copying(making: Arc<Making>, server: &'static str, progress: Arc<Progress>) -> Result<()> {
+    making.in_turn(server, &progress, std::future::pending()).await
+}
+
+async fn is_begun(making: &Arc<Making>, server: &'static str) -> bool {
+    // A turn that is not given in all that time is not given.
+    let begun = tokio::time::timeout(STALLED * 6, making.in_turn(server, &Progress::default(), async { Ok(()) })).await;
+    matches!(begun, Ok(Ok(())))
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_server_that_gives_nothing_holds_up_two_copies_and_no_other_is_begun_from_it() {
-    let fixture = Fixture::new();
-    let directory = fixture.directory.path().join("slow");
-    // Each begins, and then waits for longer than anybody does.
-    let config = CacheConfig { directory, bounds: QUOTA, rate: Some(1), copies: 1, by_default: false };
-    let cache = Arc::new(Cache::new(config, "a.csi.dev"));
-    let copy = |name: &str, server: &str| {
-        let (file, mut original) = fixture.source(name, 100_000);
-        original.name.server = server.into();
-        let (cache, source) = (Arc::clone(&cache), Source { original, file: OffThread::new(file), places: None });
-        async move { cache.copy(source).await }
-    };
-    for name in ["a", "b"] {
-        tokio::spawn(copy(name, "slow"));
+    let making = Arc::new(Making::new(1));
+    let progress = [Arc::<Progress>::default(), Arc::default()];
+    let owed = progress.each_ref().map(|progress| progress.ask());
+    for progress in &progress {
+        tokio::spawn(copying(Arc::clone(&making), "slow", Arc::clone(progress)));
     }
-    while cache.under_way().len() < 2 {
-        tokio::task::yield_now().await;
-    }
-    let error = copy("c", "slow").await.unwrap_err();
+    tokio::time::sleep(STALLED * 4).await;
+    let error = making.in_turn("slow", &Progress::default(), async { Ok(()) }).await.unwrap_err();
     assert!(error.message.contains("2 copies from slow get nothing"), "{error}");
-    assert_eq!(cache.under_way().iter().filter(|copy| copy.failed.is_none()).count(), 2);
-    let other = tokio::time::timeout(std::time::Duration::from_secs(3600), copy("d", "other")).await;
-    assert!(other.is_err(), "it is begun");
+    assert!(is_begun(&making, "other").await);
+    // What it owes it gives: one has its turn back, and others wait for it again.
+    drop(owed);
+    tokio::time::sleep(STALLED * 2).await;
+    assert!(!is_begun(&making, "other").await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_is_busy_on_this_node_is_no_word_about_its_server() {
+    let making = Arc::new(Making::new(1));
+    tokio::spawn(copying(Arc::clone(&making), "fast", Arc::default()));
+    tokio::time::sleep(STALLED * 4).await;
+    assert!(!is_begun(&making, "other").await, "it keeps its turn");
+    assert_eq!(making.stalled("fast"), 0);
 }
 
 /// Images come and go, and are used meanwhile: never more than the quota, never a wrong byte.

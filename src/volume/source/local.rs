@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::prepare::Preparer;
 use super::prepared::{ImageOnLoop, Origin, PreparedBase};
 use crate::blocking::OffThread;
@@ -35,7 +37,7 @@ impl Preparer {
         opened: impl Future<Output = Result<(PreparedBase, OffThread<Image>)>>,
         file_system: FileSystem,
     ) -> Result<ImageOnLoop> {
-        let opened = match self.cache.has(&name).await {
+        let opened = match self.cache.has(&name, spec.digest).await {
             false => opened.await,
             true => tokio::time::timeout(PATIENCE, opened).await.unwrap_or_else(|_| {
                 let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
@@ -55,7 +57,7 @@ impl Preparer {
                 return Ok(ImageOnLoop { spec: spec.clone(), content: original.content(), attached });
             }
             Err(error) => {
-                if is_of_server(error.kind)
+                if is_of_server(&error)
                     && let Err(error) = self.cache.is_gone(&name).await
                 {
                     tracing::warn!(%error, "an older copy is not marked");
@@ -122,9 +124,16 @@ impl Preparer {
     }
 }
 
-/// Whether an error is the server's answer about a file, and not that there is none.
-fn is_of_server(kind: Kind) -> bool {
-    matches!(kind, Kind::NotFound | Kind::PermissionDenied | Kind::FailedPrecondition)
+/// Whether an error is the server's answer about a file, and not that there is none, or that this node cannot ask.
+fn is_of_server(error: &Error) -> bool {
+    match error.kind {
+        Kind::NotFound | Kind::PermissionDenied => true,
+        // There is something else by that name.
+        Kind::FailedPrecondition => {
+            matches!(error.errno(), Some(Errno::MEDIUMTYPE | Errno::NODATA | Errno::ISDIR | Errno::NOTDIR))
+        }
+        _ => false,
+    }
 }
 
 #[cfg(test)]

@@ -119,6 +119,7 @@ impl Part<'_> {
     /// Throws away what is no copy of anything.
     pub fn discard(self) -> Result<()> {
         let id = self.entry.original.id();
+        let _lock = self.store.lock()?;
         self.store.unlink(&id).map_err(self.store.failed("remove", &id))
     }
 }

@@ -142,6 +142,19 @@ async fn what_the_server_said_is_gone_is_not_begun_with_when_it_is_silent() {
 }
 
 #[tokio::test]
+async fn what_this_node_cannot_do_is_no_word_of_the_server_and_the_copy_stays() {
+    let node = Node::new().await;
+    publish(&node, NODE, "a").await.unwrap();
+    moved(&node).await;
+    wait_for(|| node.kernel.left_in_namespace().is_empty(), || "the export is still mounted".into()).await;
+    node.kernel.refuse("mount nfs", rustix::io::Errno::NODEV);
+    assert_eq!(publish(&node, NODE, "b").await.unwrap_err().kind, Kind::FailedPrecondition);
+    node.kernel.allow();
+    node.stop_server().await;
+    publish(&node, NODE, "c").await.unwrap();
+}
+
+#[tokio::test]
 async fn an_image_that_is_not_what_the_volume_names_is_told_once_it_is_known_and_refused_from_then_on() {
     let node = Node::new().await;
     let wrong = format!("sha256:{}", "0".repeat(64));
