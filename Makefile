@@ -42,28 +42,38 @@ build: ## build the release binary
 client: build
 	cargo build --release --locked --example csi
 
+.PHONY: builder
+builder: ## build the program that makes images, which is no part of the driver
+	cargo build --release --locked --package csi-driver-squashfs-build
+
 # The same bytes from the same program: nothing of the time or the machine gets into the archive's layers.
-IMAGE = ghcr.io/csi-driver-squashfs/csi-driver-squashfs
 IMAGES = target/image
 ARCHIVE = $(IMAGES)/csi-driver-squashfs-$(ARCH).tar
 ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
+# $(call archive,NAME,CONTAINERFILE,CONTEXT) writes NAME-ARCH.tar into $(IMAGES).
 BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/$(IMAGES)/storage --runroot $(CURDIR)/$(IMAGES)/run
+archive = version=$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml); image=ghcr.io/csi-driver-squashfs/$(1):$$version; \
+	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $$image --file $(2) $(3) && \
+	$(BUILDAH) push --quiet $$image oci-archive:$(IMAGES)/$(1)-$(ARCH).tar:$$image && \
+	$(SUDO) rm -rf $(IMAGES)/storage $(IMAGES)/run && ls -l $(IMAGES)
 
 .PHONY: image
 image: tools build ## build the container image, an OCI archive below target/image, without a registry or a daemon
 	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
-	version=$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml); \
-	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $(IMAGE):$$version \
-		--file Containerfile $(BUILT) && \
-	$(BUILDAH) push --quiet $(IMAGE):$$version oci-archive:$(ARCHIVE):$(IMAGE):$$version
-	@$(SUDO) rm -rf $(IMAGES)/storage $(IMAGES)/run
-	@ls -l $(IMAGES)
+	$(call archive,csi-driver-squashfs,Containerfile,$(BUILT))
+
+.PHONY: builder-image
+builder-image: IMAGES = target/builder-image
+builder-image: tools builder ## build the container image of the program that makes images, with tar2sqfs in it
+	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
+	builder/root $(IMAGES)/root $(BUILT)/csi-driver-squashfs-build
+	$(call archive,csi-driver-squashfs-build,builder/Containerfile,$(IMAGES)/root)
 
 .PHONY: demo
 demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/demo -- /root/demo
 
-RINGS = test-unit test-host test-python test-vm test-sanity test-chart test-prometheus test-image test-kubernetes
+RINGS = test-unit test-host test-python test-builder test-vm test-sanity test-chart test-prometheus test-image test-kubernetes
 
 .PHONY: test
 test: ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
@@ -82,6 +92,7 @@ compile:
 .PHONY: test-unit
 test-unit: ## run the tests of pure logic, and of the core on a double of the kernel; no root needed
 	$(RING) cargo test --release --locked --lib --bins
+	cargo test --release --locked --package csi-driver-squashfs-build
 
 .PHONY: test-host
 test-host: tools ## run the tests that need root and this kernel's loop devices, but no NFS
@@ -97,6 +108,18 @@ target/python/complete: e2e/python/requirements.txt | tools
 .PHONY: test-python
 test-python: target/python/complete build ## call every service as clients in Python do, on gRPC's C core (root)
 	$(ALONE) $(SUDO) $(<D)/bin/python e2e/python/calls.py $(BUILT)/csi-driver-squashfs
+
+# Debian's package would start a server: only the program is taken from it.
+REGISTRY = target/tools/docker-registry
+$(REGISTRY): | tools
+	$(APT) update
+	mkdir -p $(@D) && cd $(@D) && flock /var/lib/apt apt-get -q download docker-registry && \
+		dpkg-deb --fsys-tarfile docker-registry_*.deb | tar -x --strip-components=3 ./usr/bin/docker-registry && rm docker-registry_*.deb
+
+.PHONY: test-builder
+test-builder: $(REGISTRY) build builder-image ## make images of real container images, from a real registry, and look into them (root)
+	$(ALONE) $(SUDO) e2e/builder/run $(BUILT)/csi-driver-squashfs-build $(BUILT)/csi-driver-squashfs $(REGISTRY) \
+		target/builder-image/csi-driver-squashfs-build-$(ARCH).tar
 
 .PHONY: vm
 vm: tools
@@ -210,8 +233,8 @@ bench: client ## measure against the tools that users would pick, in the virtual
 
 .PHONY: lint
 lint: tools cargo-deny advisories ## check format, lints, licences and advisories, shell scripts
-	cargo fmt --check
-	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
 	shellcheck -x $$(git grep --untracked -lE '^(#!/bin/(ba)?sh|# shellcheck shell=bash)$$')
 
@@ -230,7 +253,7 @@ schema: ## write the JSON Schema of the mount spec anew
 
 .PHONY: tools
 tools: ## install what the tests and lints need
-	@missing=; for tool in mksquashfs:squashfs-tools jq:jq shellcheck:shellcheck buildah:buildah pkg-config:pkgconf; do \
+	@missing=; for tool in mksquashfs:squashfs-tools tar2sqfs:squashfs-tools-ng openssl:openssl curl:curl jq:jq shellcheck:shellcheck buildah:buildah pkg-config:pkgconf; do \
 		command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -e /usr/include/seccomp.h ] || missing="$$missing libseccomp-dev"; \

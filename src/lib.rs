@@ -26,6 +26,7 @@
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |
 //! | what an operator sees: health, metrics, the doctor | [`ops`] |
 //! | a flag or a subcommand | `cli.rs`, `main.rs` |
+//! | making images of container images, tars and directories | the crate in `builder`, a program of its own |
 
 mod blocking;
 pub mod csi;

@@ -1,0 +1,113 @@
+//! A directory, as it is when it is read.
+
+use std::collections::HashMap;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path as FilePath, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{lgetxattr, llistxattr};
+use rustix::io::Errno;
+
+use super::entries::{Attributes, Entry, Kind, Limits, Path, is_kept};
+use super::pack::Layer;
+
+pub struct Directory(pub PathBuf);
+
+impl Layer for Directory {
+    fn read(&self, limits: Limits, each: &mut dyn FnMut(Entry, &mut dyn Read) -> Result<()>) -> Result<()> {
+        let (mut left, mut links) = (limits, HashMap::<_, Path>::new());
+        let mut paths = vec![Path::new()];
+        while let Some(path) = paths.pop() {
+            let file = self.0.join(std::ffi::OsStr::from_bytes(&path));
+            let context = || format!("read {}", file.display());
+            let metadata = fs::symlink_metadata(&file).with_context(context)?;
+            let Some(kind) = kind(&file, &metadata).with_context(context)? else {
+                eprintln!("{} is a socket: it is left out", file.display());
+                continue;
+            };
+            left.entry()?;
+            let names = (metadata.nlink() > 1 && kind != Kind::Directory).then_some((metadata.dev(), metadata.ino()));
+            if let Some(first) = names.and_then(|inode| links.get(&inode)) {
+                each(
+                    Entry { path, kind: Kind::Link(first.clone()), attributes: Attributes::default() },
+                    &mut io::empty(),
+                )?;
+                continue;
+            }
+            links.extend(names.map(|inode| (inode, path.clone())));
+            if kind == Kind::Directory {
+                let mut inside = Vec::new();
+                for entry in fs::read_dir(&file).with_context(context)? {
+                    let name = entry.with_context(context)?.file_name().into_vec();
+                    inside.push(if path.is_empty() { name } else { [&path[..], b"/", &name].concat() });
+                }
+                // The first one is the next one.
+                inside.sort_by(|one, other| other.cmp(one));
+                paths.extend(inside);
+            }
+            let attributes = attributes(&file, &metadata).with_context(context)?;
+            match kind {
+                Kind::File(size) => {
+                    left.file(size)?;
+                    let mut data = File::open(&file).with_context(context)?;
+                    each(Entry { path, kind, attributes }, &mut data).with_context(context)?;
+                }
+                _ => each(Entry { path, kind, attributes }, &mut io::empty())?,
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        self.0.display().to_string()
+    }
+}
+
+fn kind(file: &FilePath, metadata: &Metadata) -> Result<Option<Kind>> {
+    let kind = metadata.file_type();
+    Ok(Some(match kind {
+        _ if kind.is_dir() => Kind::Directory,
+        _ if kind.is_file() => Kind::File(metadata.len()),
+        _ if kind.is_symlink() => Kind::Symlink(fs::read_link(file)?.into_os_string().into_vec()),
+        _ if kind.is_fifo() => Kind::Fifo,
+        _ if kind.is_block_device() || kind.is_char_device() => {
+            let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+            Kind::device(kind.is_block_device(), major, minor)?
+        }
+        _ => return Ok(None),
+    }))
+}
+
+fn attributes(file: &FilePath, metadata: &Metadata) -> Result<Attributes> {
+    let mut extended = Vec::new();
+    for name in names(file)?.split(|byte| *byte == 0).filter_map(|name| std::str::from_utf8(name).ok()) {
+        if is_kept(name) {
+            let mut value = vec![0; 64 << 10];
+            let length = lgetxattr(file, name, &mut value[..])?;
+            value.truncate(length);
+            extended.push((name.to_owned(), value));
+        }
+    }
+    extended.sort();
+    Ok(Attributes {
+        mode: metadata.mode() & 0o7777,
+        user: metadata.uid(),
+        group: metadata.gid(),
+        modified: u32::try_from(metadata.mtime().max(0)).unwrap_or(u32::MAX),
+        extended,
+    })
+}
+
+/// Each ends with a null byte.
+fn names(file: &FilePath) -> Result<Vec<u8>> {
+    let mut names = vec![0; 64 << 10];
+    match llistxattr(file, &mut names[..]) {
+        Ok(length) => names.truncate(length),
+        Err(Errno::OPNOTSUPP) => names.clear(),
+        Err(errno) => return Err(errno.into()),
+    }
+    Ok(names)
+}

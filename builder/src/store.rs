@@ -1,0 +1,189 @@
+//! The directory that images are written to: an export of an NFS server, mounted where they are made.
+//!
+//! A file has its name when it is complete and on the server's disk, and never changes from then on: who makes the same one meanwhile
+//! leaves the first, which nodes may have open. Nobody waits for anybody, and nothing is locked.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// The end of what is not complete. It begins with a dot.
+const UNFINISHED: &str = ".new";
+/// How long nothing is written to such a file until it is taken for that of a builder that has died.
+const LEFT: Duration = Duration::from_secs(24 * 60 * 60);
+
+pub struct Store {
+    directory: PathBuf,
+}
+
+/// Whether a file was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Made {
+    Now,
+    Before,
+}
+
+impl Store {
+    /// Throws away what builders left that have died.
+    pub fn open(directory: &Path) -> Result<Store> {
+        let sweep = || -> io::Result<()> {
+            for entry in fs::read_dir(directory)? {
+                let entry = entry?;
+                let name = entry.file_name();
+                let is_unfinished =
+                    name.to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(UNFINISHED));
+                let is_left = || -> io::Result<bool> {
+                    let modified = entry.metadata()?.modified()?;
+                    Ok(SystemTime::now().duration_since(modified).is_ok_and(|age| age > LEFT))
+                };
+                if is_unfinished && is_left().or_else(unless_gone)? {
+                    fs::remove_file(entry.path()).or_else(unless_gone)?;
+                }
+            }
+            Ok(())
+        };
+        sweep().with_context(|| format!("look into {}", directory.display()))?;
+        Ok(Store { directory: directory.to_owned() })
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    pub fn has(&self, name: &str) -> Result<bool> {
+        let path = self.path(name);
+        path.try_exists().with_context(|| format!("look for {}", path.display()))
+    }
+
+    /// Gives the file that `make` makes this name, unless there is one by now.
+    pub fn make(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<Made> {
+        if self.has(name)? {
+            return Ok(Made::Before);
+        }
+        let machine = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let unfinished = Unfinished(self.path(&format!(".{name}.{machine}-{}{UNFINISHED}", std::process::id())));
+        let (new, path) = (&unfinished.0, self.path(name));
+        // That of an earlier process of this number.
+        fs::remove_file(new).or_else(unless_gone).with_context(|| format!("remove {}", new.display()))?;
+        make(new)?;
+        let on_disk = || -> io::Result<()> {
+            fs::set_permissions(new, Permissions::from_mode(0o644))?;
+            File::open(new)?.sync_all()
+        };
+        on_disk().with_context(|| format!("write {}", new.display()))?;
+        let made = name_it(new, &path).with_context(|| format!("make {}", path.display()))?;
+        File::open(&self.directory)
+            .and_then(|directory| directory.sync_all())
+            .with_context(|| format!("write {}", self.directory.display()))?;
+        Ok(made)
+    }
+
+    /// Gives a text this name; another one by that name is an error.
+    pub fn write(&self, name: &str, text: &str) -> Result<Made> {
+        let made = self.make(name, |new| fs::write(new, text).with_context(|| format!("write {}", new.display())))?;
+        let path = self.path(name);
+        let there = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        ensure!(there == text, "{} is there, and says something else: choose another --name", path.display());
+        Ok(made)
+    }
+}
+
+/// A file cannot replace another by link(2), and can by rename(2), which is for file systems without links.
+fn name_it(new: &Path, path: &Path) -> io::Result<Made> {
+    match fs::hard_link(new, path) {
+        Ok(()) => Ok(Made::Now),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(Made::Before),
+        Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => {
+            if path.try_exists()? {
+                return Ok(Made::Before);
+            }
+            fs::rename(new, path).map(|()| Made::Now)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// For names that become those of files.
+pub fn check_name(name: &str) -> Result<()> {
+    let is_known = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+".contains(&byte);
+    if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.bytes().all(is_known) {
+        bail!("{name:?} is no name of an image: up to 100 letters, digits and ._-+, and no dot at its beginning");
+    }
+    Ok(())
+}
+
+/// A file that goes unless it got its name.
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0).or_else(unless_gone) {
+            eprintln!("{} stays: {error}", self.0.display());
+        }
+    }
+}
+
+fn unless_gone<T: Default>(error: io::Error) -> io::Result<T> {
+    match error.kind() {
+        ErrorKind::NotFound => Ok(T::default()),
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_has_its_name_when_it_is_complete_and_the_first_one_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let write = |text: &'static str| move |new: &Path| Ok(fs::write(new, text)?);
+        store.make("a", |_| bail!("no")).unwrap_err();
+        store.make("a", |new| write("half")(new).and_then(|()| bail!("no"))).unwrap_err();
+        assert_eq!(names(directory.path()), [""; 0]);
+        // Another builder is done first.
+        let made = store.make("a", |new| {
+            assert_eq!(store.make("b", write("b")).unwrap(), Made::Now);
+            fs::write(store.path("a"), "the first")?;
+            write("the second")(new)
+        });
+        assert_eq!(made.unwrap(), Made::Before);
+        assert_eq!(store.make("a", |_| bail!("it is not made again")).unwrap(), Made::Before);
+        assert_eq!(fs::read_to_string(store.path("a")).unwrap(), "the first");
+        assert_eq!(names(directory.path()), ["a", "b"]);
+        assert_eq!(store.write("c", "c").unwrap(), Made::Now);
+        assert_eq!(store.write("c", "c").unwrap(), Made::Before);
+        store.write("c", "d").unwrap_err();
+    }
+
+    #[test]
+    fn what_a_builder_left_that_died_goes_after_a_day() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, age) in [(".old.new", 25), (".young.new", 23), ("image", 25), ("image.new", 25), (".hidden", 25)] {
+            let file = File::create(directory.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age * 60 * 60)).unwrap();
+        }
+        Store::open(directory.path()).unwrap();
+        assert_eq!(names(directory.path()), [".hidden", ".young.new", "image", "image.new"]);
+    }
+
+    #[test]
+    fn a_name_leads_nowhere() {
+        for name in ["", ".", "..", "a/b", ".a", "a b", "a\n", &"a".repeat(101)] {
+            check_name(name).unwrap_err();
+        }
+        check_name("tools-1.0_x+y").unwrap();
+    }
+}
