@@ -9,6 +9,7 @@ mod bad_input;
 mod copies;
 mod grammar;
 mod killed;
+mod layers;
 mod moved;
 mod operations;
 mod outage;

@@ -5,6 +5,7 @@
 
 pub mod error;
 mod image_parameters;
+pub mod index;
 pub mod json;
 mod mount_options;
 pub mod options;
@@ -206,13 +207,33 @@ pub struct Loopback {
     pub verity: Option<Verity>,
     /// `None` is [`Prefetch::Learned`].
     pub prefetch: Option<Prefetch>,
+    /// The path of the index that named it, of a layer; no spec names one.
+    pub index: Option<String>,
     pub base: Base,
 }
 
 impl Loopback {
+    /// Whether it is several images, which the file of this name names: see [`index`].
+    pub fn is_index(&self) -> bool {
+        self.path.ends_with(index::ENDING)
+    }
+
+    /// The layer of this name, which its index names.
+    pub fn layer(&self, name: &str) -> Loopback {
+        let directory = self.path.rfind('/').map_or("", |at| &self.path[..=at]);
+        Loopback { path: format!("{directory}{name}"), index: Some(self.path.clone()), ..self.clone() }
+    }
+
+    /// The name by which this index named an image, if it did.
+    pub fn name_of_layer<'a>(&self, image: &'a Loopback) -> Option<&'a str> {
+        let name = image.path.rsplit('/').next()?;
+        (self.layer(name) == *image).then_some(name)
+    }
+
     /// One that says no more of the file than where it is.
     pub fn new(path: String, base: Base) -> Loopback {
-        Loopback { path, symlinks: Symlinks::Follow, cache: None, digest: None, verity: None, prefetch: None, base }
+        let (cache, digest, verity, prefetch, index) = (None, None, None, None, None);
+        Loopback { path, symlinks: Symlinks::Follow, cache, digest, verity, prefetch, index, base }
     }
 }
 

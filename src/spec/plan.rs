@@ -17,6 +17,13 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
             match &attach.device {
                 Device::Loopback(loopback) => {
                     let file = beneath(steps, &loopback.base, &loopback.path);
+                    if loopback.is_index() {
+                        steps.push(format!("read {file}, and open the layers that it names"));
+                        steps.push("attach each read-only to a loop device".to_owned());
+                        steps.push(format!("mount each: {} (ro,nosuid,nodev{exec})", attach.fs_type));
+                        steps.push("stack overlay: the layers, upper: none".to_owned());
+                        return;
+                    }
                     steps.push(format!("open {file}"));
                     steps.push("attach it read-only to a loop device".to_owned());
                     steps.extend(loopback.verity.map(|verity| match verity {

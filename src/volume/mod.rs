@@ -284,7 +284,7 @@ impl Volumes {
     pub async fn warm(&self, mount: &Allowed) -> Result<Vec<Entry>> {
         let mut copies = Vec::new();
         for image in mount.images() {
-            copies.push(self.preparer.warm(image).await?);
+            copies.extend(self.preparer.warm(image).await?);
         }
         Ok(copies)
     }

@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks};
 
 /// What is written.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -107,6 +107,16 @@ pub struct Loopback {
     /// What the image was when it was attached.
     #[serde(default)]
     content: Option<Image>,
+    /// From version 6 on: of an index, uppermost first.
+    #[serde(default)]
+    layers: Vec<Layer>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Layer {
+    /// Of a file beside the index.
+    name: String,
+    content: Image,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,6 +149,18 @@ pub struct Image {
     inode: u64,
     size: u64,
     modified: u64,
+}
+
+impl From<Content> for Image {
+    fn from(Content { inode, size, modified }: Content) -> Self {
+        Image { inode, size, modified }
+    }
+}
+
+impl From<Image> for Content {
+    fn from(Image { inode, size, modified }: Image) -> Self {
+        Content { inode, size, modified }
+    }
 }
 
 /// What can be said of a record of any version.
@@ -223,10 +245,14 @@ impl Mount {
                         verity: image.verity.map(|verity| verity.to_string()),
                         prefetch: image.prefetch.map(|prefetch| prefetch.as_str().to_owned()),
                         base: Base::of(&image.base, images),
-                        content: images.iter().find(|(other, _)| other == image).map(|(_, content)| {
-                            let Content { inode, size, modified } = *content;
-                            Image { inode, size, modified }
-                        }),
+                        content: images.iter().find(|(other, _)| other == image).map(|(_, content)| (*content).into()),
+                        layers: {
+                            let layer = |(other, content): &(spec::Loopback, Content)| {
+                                let name = image.name_of_layer(other)?.to_owned();
+                                Some(Layer { name, content: (*content).into() })
+                            };
+                            images.iter().filter_map(layer).collect()
+                        },
                     }),
                 },
             },
@@ -288,7 +314,8 @@ impl Mount {
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
                     Device::Loopback(image) => {
-                        let Loopback { path, refuse_symlinks, cache, digest, verity, prefetch, base, content } = image;
+                        let Loopback { path, refuse_symlinks, cache, digest, verity, prefetch, base, content, layers } =
+                            image;
                         let cache = cache.map(|cache| match cache {
                             Cache::Node => spec::Cache::Node,
                             Cache::None => spec::Cache::None,
@@ -297,10 +324,10 @@ impl Mount {
                         let verity = verity.map(|verity| spec::Verity::parse(&verity)).transpose()?;
                         let prefetch = prefetch.map(|prefetch| spec::Prefetch::parse(&prefetch)).transpose()?;
                         let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
-                        let image = spec::Loopback { path, symlinks, cache, digest, verity, prefetch, base };
-                        if let Some(Image { inode, size, modified }) = content {
-                            images.push((image.clone(), Content { inode, size, modified }));
-                        }
+                        let image =
+                            spec::Loopback { path, symlinks, cache, digest, verity, prefetch, index: None, base };
+                        images.extend(content.map(|content| (image.clone(), content.into())));
+                        images.extend(layers.into_iter().map(|layer| (image.layer(&layer.name), layer.content.into())));
                         spec::Device::Loopback(image)
                     }
                 },

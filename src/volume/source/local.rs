@@ -80,8 +80,16 @@ impl Preparer {
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }
 
-    /// Copies an image to this node and waits for it, whether a volume uses it or not; says what it is.
-    pub async fn warm(&self, spec: &Loopback) -> Result<Entry> {
+    /// Copies an image to this node, or its layers, and waits for it, whether a volume uses it or not; says what it is.
+    pub async fn warm(&self, spec: &Loopback) -> Result<Vec<Entry>> {
+        let mut copies = Vec::new();
+        for layer in self.layers(spec, &[]).await? {
+            copies.push(self.warm_one(&layer).await?);
+        }
+        Ok(copies)
+    }
+
+    async fn warm_one(&self, spec: &Loopback) -> Result<Entry> {
         let Some(name) = Name::of(spec) else {
             let message = format!("image {} lies on no export: only such images are copied", spec.path);
             return Err(Error::new(Kind::FailedPrecondition, message));

@@ -9,6 +9,7 @@ mod build;
 mod devices;
 mod earlier;
 mod exports;
+mod layers;
 mod learned;
 mod local;
 pub mod mark;

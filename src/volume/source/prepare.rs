@@ -15,7 +15,7 @@ use super::open_base::OpenBase;
 use super::prepared::{AttachedImage, BlockDevice, ImageKey, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
 use crate::blocking::{OffThread, measured};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image};
 use crate::kernel::mount::{Symlinks, open_directory};
@@ -24,7 +24,7 @@ use crate::kernel::verity::RootHash;
 use crate::kernel::{self, Kernel};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
-use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, Mount, Nfs, NfsVersion};
+use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, MAX_LOWER, Mount, Nfs, NfsVersion};
 use crate::volume::cache::Cache;
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
@@ -94,15 +94,12 @@ impl Preparer {
                     }
                     mount
                 }
-                Mount::Attach(Attach { fs_type, no_exec, device }) => {
-                    let file_system = file_system(*fs_type);
-                    let device = match device {
-                        Device::Loopback(loopback) => {
-                            BlockDevice::Loop(self.image(loopback, known, file_system).await?)
-                        }
-                        Device::Local { path } => BlockDevice::Local(path.into()),
-                    };
-                    Prepared::FileSystem { device, file_system, no_exec: *no_exec }
+                Mount::Attach(attach) => {
+                    let mut lower = self.attached(attach, known).await?;
+                    match lower.len() {
+                        1 => lower.remove(0),
+                        _ => Prepared::Overlay { lower, source: self.mark.overlay_source() },
+                    }
                 }
                 Mount::Bind(bind) => {
                     let read_only = read_only || bind.read_only;
@@ -113,12 +110,40 @@ impl Preparer {
                 Mount::Overlay(overlay) => {
                     let mut lower = Vec::with_capacity(overlay.lower.len());
                     for layer in &overlay.lower {
-                        lower.push(self.mount(layer, known, true).await?);
+                        match layer {
+                            Mount::Attach(attach) => lower.extend(self.attached(attach, known).await?),
+                            _ => lower.push(self.mount(layer, known, true).await?),
+                        }
+                    }
+                    if lower.len() > MAX_LOWER {
+                        let layers = lower.len();
+                        let message = format!(
+                            "the overlay has {layers} layers with those of its indexes, and may have {MAX_LOWER}"
+                        );
+                        return Err(Error::new(Kind::FailedPrecondition, message));
                     }
                     Prepared::Overlay { lower, source: self.mark.overlay_source() }
                 }
             })
         })
+    }
+
+    /// The file systems of an image, uppermost first: of one that is several, those of its layers.
+    async fn attached(&self, attach: &Attach, known: &[Known]) -> Result<Vec<Prepared>> {
+        let (file_system, no_exec) = (file_system(attach.fs_type), attach.no_exec);
+        let images = match &attach.device {
+            Device::Loopback(image) => self.layers(image, known).await?,
+            Device::Local { path } => {
+                let device = BlockDevice::Local(path.into());
+                return Ok(vec![Prepared::FileSystem { device, file_system, no_exec }]);
+            }
+        };
+        let mut attached = Vec::with_capacity(images.len());
+        for image in &images {
+            let device = BlockDevice::Loop(self.image(image, known, file_system).await?);
+            attached.push(Prepared::FileSystem { device, file_system, no_exec });
+        }
+        Ok(attached)
     }
 
     /// The mount of what the policy names, and in it the directory that the spec does: whoever can write there could lead its path

@@ -1,17 +1,17 @@
 //! Images whose root hash lies beside them, signed: the volume names no hash, the policy names the keys.
 
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 
 use minisign_verify::{PublicKey, Signature};
 
+use super::layers;
 use super::prepare::{Preparer, symlinks};
 use super::prepared::PreparedBase;
 use crate::error::{Error, Kind, Result};
+use crate::kernel;
 use crate::kernel::image::Image;
 use crate::kernel::mount::Symlinks;
 use crate::kernel::verity::RootHash;
-use crate::kernel::{self, Doing};
 use crate::spec::{Loopback, Verity};
 
 /// What a root hash or a signature may have: each is a few lines.
@@ -61,14 +61,5 @@ impl Preparer {
 
 /// A small file beside an image.
 fn read(base: &impl AsFd, path: &str, symlinks: Symlinks) -> kernel::Result<Vec<u8>> {
-    let file = Image::open(base, path, symlinks)?.file;
-    let (mut content, mut length) = (vec![0; MAX], 0);
-    while length < MAX {
-        match file.read_at(&mut content[length..], length as u64).doing(|| format!("read {path}"))? {
-            0 => break,
-            more => length += more,
-        }
-    }
-    content.truncate(length);
-    Ok(content)
+    layers::read(&Image::open(base, path, symlinks)?, path, MAX)
 }

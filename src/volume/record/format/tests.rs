@@ -70,11 +70,20 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let prefetched = BTreeMap::from(prefetched.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let prefetched = parse_attributes(&prefetched, &[]).unwrap().mount().clone();
     let prefetched = Record { mount: prefetched, images: Vec::new(), ..record("prefetched", seed) };
-    let since = BTreeMap::from([("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4), ("prefetched", 5)]);
+    let layered = [("server", "nfs"), ("share", "/images"), ("image", "team/tools.json")];
+    let layered = BTreeMap::from(layered.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let layered = parse_attributes(&layered, &[]).unwrap().mount().clone();
+    let layers = ["upper.sqsh", "base.sqsh"].map(|name| layered.images()[0].layer(name));
+    let contents = [4, 5].map(|n| Content { inode: n, size: 4096, modified: n });
+    let images = layers.into_iter().zip(contents).collect();
+    let layered = Record { mount: layered, images, ..record("layered", seed) };
+    let since =
+        BTreeMap::from([("layered", 6), ("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4), ("prefetched", 5)]);
     let mut volumes = BTreeMap::from([
         ("claim", Record { images: Vec::new(), ..claim }),
         ("copied", copied),
         ("verified", verified),
+        ("layered", layered),
         ("prefetched", prefetched),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),

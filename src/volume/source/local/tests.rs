@@ -14,6 +14,7 @@ use crate::volume::fixture::{Node, squashfs, wait_for};
 /// A volume of the node's image, with these parameters beside.
 fn volume(node: &Node, parameters: &[(&str, &str)]) -> Allowed {
     let port = format!("port={}", node.port);
+    // The last of a name counts.
     let image = [("server", "127.0.0.1"), ("share", "/images"), ("image", "image.sqsh"), ("nfsOptions", &port)];
     let all = [&image, parameters].concat();
     let all: BTreeMap<_, _> = all.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
@@ -152,6 +153,88 @@ async fn what_this_node_cannot_do_is_no_word_of_the_server_and_the_copy_stays() 
     node.kernel.allow();
     node.stop_server().await;
     publish(&node, NODE, "c").await.unwrap();
+}
+
+/// Layers beside an index that names them.
+fn stack(node: &Node, layers: &[(&str, usize)]) {
+    for (name, size) in layers {
+        let path = node.kernel.export().join(name);
+        if !path.exists() {
+            std::fs::write(path, squashfs(*size)).unwrap();
+        }
+    }
+    let names: Vec<_> = layers.iter().map(|(name, _)| *name).collect();
+    let index = serde_json::json!({"source": "oci://a@sha256:0", "layers": names});
+    std::fs::write(node.kernel.export().join("tools.json"), index.to_string()).unwrap();
+}
+
+const INDEX: (&str, &str) = ("image", "tools.json");
+
+#[tokio::test]
+async fn an_index_stands_for_an_overlay_of_its_layers_each_with_a_device_and_a_copy_of_its_own() {
+    let node = Node::new().await;
+    stack(&node, &[("base.sqsh", 4096), ("upper.sqsh", 8192)]);
+    publish(&node, &[INDEX, ("cache", "node")], "a").await.unwrap();
+    for device in ["loop0", "loop1"] {
+        node.wait_for_calls(&format!("{device}: another file"), 1).await;
+    }
+    let sizes = async || {
+        let devices = node.volumes.observe().await.unwrap().loop_devices;
+        devices.iter().map(|device| device.size).collect::<Vec<_>>()
+    };
+    assert_eq!(sizes().await, [8192, 4096], "uppermost first");
+    assert_eq!(condition(&node, "a").await, None);
+    // The layer that another image has too is attached once.
+    stack(&node, &[("base.sqsh", 4096), ("other.sqsh", 12288)]);
+    publish(&node, &[INDEX, ("cache", "node")], "b").await.unwrap();
+    assert_eq!(sizes().await, [8192, 4096, 12288]);
+    for pod in ["a", "b"] {
+        unpublish(&node, pod).await;
+    }
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn a_staged_index_is_published_without_its_server_with_the_layers_that_it_had() {
+    let mut node = Node::new().await;
+    stack(&node, &[("base.sqsh", 4096), ("upper.sqsh", 8192)]);
+    let mount = volume(&node, &[INDEX]);
+    node.volumes.stage("v", &mount).await.unwrap();
+    let publication = |target| Publication {
+        volume_id: "v".into(),
+        target,
+        mount: mount.clone(),
+        read_only: true,
+        namespace: None,
+        exclusive: false,
+    };
+    node.volumes.publish(publication(node.target("a")), true).await.unwrap();
+    let _earlier = std::sync::Arc::clone(&node.volumes);
+    node.restart();
+    node.stop_server().await;
+    node.volumes.publish(publication(node.target("b")), true).await.unwrap();
+    assert_eq!(node.kernel.live_loop_devices(), [0, 1]);
+}
+
+#[tokio::test]
+async fn an_index_that_names_what_is_not_there_or_elsewhere_is_refused_and_leaves_nothing() {
+    let node = Node::new().await;
+    let index = |text: &str| std::fs::write(node.kernel.export().join("tools.json"), text).unwrap();
+    for (text, kind, why) in [
+        (r#"{"layers":["gone.sqsh"]}"#, Kind::NotFound, "gone.sqsh"),
+        (r#"{"layers":["../image.sqsh"]}"#, Kind::FailedPrecondition, "a file beside the index"),
+        (r#"{"layers":[]}"#, Kind::FailedPrecondition, "names 0 layers"),
+        ("hsqs", Kind::FailedPrecondition, "no index of layers"),
+    ] {
+        index(text);
+        let error = publish(&node, &[INDEX], "a").await.unwrap_err();
+        assert!(error.kind == kind && error.message.contains(why), "{error}");
+        node.assert_nothing_held().await;
+    }
+    index(r#"{"layers":["image.sqsh"]}"#);
+    let error = publish(&node, &[INDEX, ("verity", &"0".repeat(64))], "a").await.unwrap_err();
+    assert_eq!(error.kind, Kind::InvalidArgument, "{error}");
+    publish(&node, &[INDEX], "a").await.unwrap();
 }
 
 #[tokio::test]

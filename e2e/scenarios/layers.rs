@@ -1,0 +1,121 @@
+//! Images that are several: an index names their layers, and a pod sees them as one.
+
+use std::fs;
+use std::path::Path;
+
+use tonic::Code;
+
+use super::harness::image::Tree;
+use super::harness::nfs_server::Link;
+use super::harness::node::in_time;
+use super::harness::{Driver, Volume, run};
+use super::server;
+
+fn volume(id: &str, image: &str, further: &[(&str, &str)]) -> Volume {
+    let of = [("server", &*server()), ("share", "/images"), ("image", image)];
+    Volume::flat(id, &[&of, further].concat())
+}
+
+/// As the builder writes them: a whiteout is a device of the numbers 0 and 0, an opaque directory has an attribute.
+fn make_layers() {
+    let base =
+        Tree::new(&[("a", "base"), ("gone", "base"), ("dir/old", "base"), ("kept", "base"), ("opt/tool", "base")]);
+    base.squashfs("/images/team/base.sqsh");
+    let upper = Tree::new(&[("a", "upper"), ("dir/new", "upper")]);
+    let path = |name: &str| upper.path().join(name).display().to_string();
+    run("mknod", &[&path("gone"), "c", "0", "0"]);
+    run("setfattr", &["-n", "trusted.overlay.opaque", "-v", "y", &path("dir")]);
+    upper.squashfs("/images/team/upper.sqsh");
+    index("tools", &["base.sqsh", "upper.sqsh"]);
+}
+
+fn index(name: &str, layers: &[&str]) {
+    let text = serde_json::json!({"source": "oci://registry.example.com/tools@sha256:0", "layers": layers});
+    fs::write(format!("/images/team/{name}.new"), text.to_string()).unwrap();
+    fs::rename(format!("/images/team/{name}.new"), format!("/images/team/{name}.json")).unwrap();
+}
+
+fn shows_both(target: &Path) {
+    let text = |path: &str| fs::read_to_string(target.join(path)).unwrap();
+    assert_eq!((text("a"), text("kept"), text("dir/new")), ("upper".into(), "base".into(), "upper".into()));
+    for gone in ["gone", "dir/old"] {
+        assert!(!target.join(gone).exists(), "{gone}");
+    }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn an_index_is_mounted_as_an_overlay_of_its_layers_and_layers_are_shared_by_images() {
+    fs::create_dir_all("/images/team").unwrap();
+    make_layers();
+    let mut driver = Driver::start();
+    let one = volume("one", "team/tools.json", &[]);
+    shows_both(&driver.mount(&one, "one").unwrap());
+    assert_eq!(driver.loop_devices().len(), 2);
+    let writable = volume("writable", "team/tools.json", &[("overlay", "directory")]).writable();
+    let target = driver.mount(&writable, "writable").unwrap();
+    shows_both(&target);
+    fs::write(target.join("gone"), "again").unwrap();
+    fs::remove_file(target.join("kept")).unwrap();
+    shows_both(&driver.target("one"));
+
+    // Another image on the same base, and a directory of it.
+    Tree::new(&[("b", "other")]).squashfs("/images/team/other.sqsh");
+    index("others", &["base.sqsh", "other.sqsh"]);
+    let other = volume("other", "team/others.json", &[]);
+    let target = driver.mount(&other, "other").unwrap();
+    assert_eq!(fs::read_to_string(target.join("gone")).unwrap(), "base");
+    assert_eq!(driver.loop_devices().len(), 3);
+    let nfs = serde_json::json!({"kind": "nfs", "nfs": {"path": "/images", "host": server(), "ro": true}});
+    let stack = super::attach("squashfs", "team/tools.json", &nfs);
+    let directory = serde_json::json!({"kind": "bind", "bind": {"path": "opt", "base": "mount", "mount": stack}});
+    let directory = Volume::spec("directory", &directory).read_only();
+    let target = driver.mount(&directory, "directory").unwrap();
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
+
+    // What is staged knows its layers when the driver starts anew, also where the server is silent.
+    driver.kill();
+    driver.launch();
+    let link = Link::cut();
+    let again = in_time("publish without the server", || driver.publish(&one, "again").unwrap());
+    shows_both(&again);
+    link.restore();
+    for (volume, pod) in
+        [(&one, "again"), (&one, "one"), (&writable, "writable"), (&other, "other"), (&directory, "directory")]
+    {
+        driver.unpublish(volume, pod).unwrap();
+    }
+    for volume in [&one, &writable, &other, &directory] {
+        driver.unstage(volume).unwrap();
+    }
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn an_index_leads_nowhere_but_to_files_beside_it() {
+    fs::create_dir_all("/images/team").unwrap();
+    make_layers();
+    Tree::new(&[("secret", "")]).squashfs("/images/elsewhere.sqsh");
+    let driver = Driver::start();
+    let refused = |layers: &[&str], symlinks: &str, code: Code, why: &str| {
+        index("hostile", layers);
+        let volume = volume("hostile", "team/hostile.json", &[("symlinks", symlinks)]).inline();
+        let error = driver.publish(&volume, "pod").unwrap_err();
+        assert!(error.code() == code && error.message().contains(why), "{error}");
+        driver.assert_nothing_left();
+    };
+    refused(&["../elsewhere.sqsh"], "follow", Code::FailedPrecondition, "a file beside the index");
+    refused(&["/images/elsewhere.sqsh"], "follow", Code::FailedPrecondition, "a file beside the index");
+    refused(&["hostile.json"], "follow", Code::FailedPrecondition, "a file beside the index");
+    refused(&["absent.sqsh", "base.sqsh"], "follow", Code::NotFound, "team/absent.sqsh");
+    refused(&["hostile"], "follow", Code::NotFound, "team/hostile");
+    let _ = fs::remove_file("/images/team/link.sqsh");
+    std::os::unix::fs::symlink("../elsewhere.sqsh", "/images/team/link.sqsh").unwrap();
+    refused(&["link.sqsh"], "refuse", Code::PermissionDenied, "team/link.sqsh");
+    fs::write("/images/team/hostile.json", vec![b'['; 100_000]).unwrap();
+    let volume = volume("hostile", "team/hostile.json", &[]).inline();
+    let error = driver.publish(&volume, "pod").unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    driver.assert_nothing_left();
+}
