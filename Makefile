@@ -62,6 +62,8 @@ image: tools build ## build the container image, an OCI archive below target/ima
 	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
 	$(call archive,csi-driver-squashfs,Containerfile,$(BUILT))
 
+BUILDER_ARCHIVE = target/builder-image/csi-driver-squashfs-build-$(ARCH).tar
+
 .PHONY: builder-image
 builder-image: IMAGES = target/builder-image
 builder-image: tools builder ## build the container image of the program that makes images, with tar2sqfs in it
@@ -119,7 +121,7 @@ $(REGISTRY): | tools
 .PHONY: test-builder
 test-builder: $(REGISTRY) build builder-image ## make images of real container images, from a real registry, and look into them (root)
 	$(ALONE) $(SUDO) e2e/builder/run $(BUILT)/csi-driver-squashfs-build $(BUILT)/csi-driver-squashfs $(REGISTRY) \
-		target/builder-image/csi-driver-squashfs-build-$(ARCH).tar
+		$(BUILDER_ARCHIVE)
 
 .PHONY: vm
 vm: tools
@@ -217,9 +219,9 @@ test-controller: kubernetes build
 	$(ALONE) e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
 
 .PHONY: test-kubernetes
-test-kubernetes: test-controller vm target/tools/helm image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
+test-kubernetes: test-controller vm target/tools/helm image builder-image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm) \
-		--copy $(ARCHIVE) --copy charts --copy manifests/examples --copy e2e/lib.sh --copy e2e/kubernetes \
+		--copy $(ARCHIVE) --copy $(BUILDER_ARCHIVE) --copy charts --copy manifests/examples --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
 .PHONY: soak

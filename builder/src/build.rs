@@ -1,9 +1,11 @@
 //! From a source to images in a store.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use csi_driver_squashfs::kernel::verity::{hexadecimal as hexadecimal_of, seal, verify};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -35,6 +37,8 @@ pub struct Stack {
     pub source: String,
     /// The files, the lowest first.
     pub layers: Vec<String>,
+    /// The root hashes of their trees, by which the kernel verifies them where somebody has signed this.
+    pub verity: BTreeMap<String, String>,
 }
 
 /// What was made, or was there.
@@ -99,7 +103,7 @@ impl Builder {
             self.store.make(&file, |new| make(&image.layers, false, new))?;
             return Ok(Built::Flat(file));
         }
-        let mut layers = Vec::new();
+        let (mut layers, mut verity) = (Vec::new(), BTreeMap::new());
         for layer in stack(&image.layers, self.most_layers) {
             // One is the same wherever it lies; of several the whiteouts go where nothing is below.
             let is_more = layer.len() == 1 || !layers.is_empty();
@@ -112,10 +116,11 @@ impl Builder {
             };
             let file = format!("sha256-{}.sqsh", hexadecimal(&digest)?);
             let made = self.store.make(&file, |new| make(layer, is_more, new))?;
+            verity.insert(file.clone(), self.root_hash(&file)?);
             eprintln!("{file}: {}", if made == Made::Now { "made" } else { "was there" });
             layers.push(file);
         }
-        let stack = Stack { source: blobs.by_digest(&image.digest), layers };
+        let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
         let text = serde_json::to_string_pretty(&stack).context("write the stack")? + "\n";
         self.store.write(&format!("{name}.json"), &text)?;
         Ok(Built::Stack { name, stack })
@@ -123,7 +128,16 @@ impl Builder {
 
     fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
         let plan = plan(tars, is_more, self.limits)?;
-        self.format.make(image, |out| pack(&plan, tars, self.limits, out))
+        self.format.make(image, |out| pack(&plan, tars, self.limits, out))?;
+        let file = File::options().read(true).write(true).open(image).context("open the image")?;
+        seal(&file).map(drop).context("seal the image")
+    }
+
+    /// Of a file of the store, of which all is read: it may have been there for long.
+    fn root_hash(&self, name: &str) -> Result<String> {
+        let path = self.store.path(name);
+        let read = || Ok::<_, anyhow::Error>(hexadecimal_of(&verify(&File::open(&path)?)?));
+        read().with_context(|| format!("verify {}", path.display()))
     }
 }
 

@@ -10,6 +10,7 @@ use super::harness::nfs_server::Link;
 use super::harness::node::in_time;
 use super::harness::{Driver, Volume, run};
 use super::server;
+use super::verity::{Keys, root_of};
 
 fn volume(id: &str, image: &str, further: &[(&str, &str)]) -> Volume {
     let of = [("server", &*server()), ("share", "/images"), ("image", image)];
@@ -88,6 +89,59 @@ fn an_index_is_mounted_as_an_overlay_of_its_layers_and_layers_are_shared_by_imag
     for volume in [&one, &writable, &other, &directory] {
         driver.unstage(volume).unwrap();
     }
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn one_signature_is_that_of_all_layers_of_an_image() {
+    fs::create_dir_all("/images/team").unwrap();
+    make_layers();
+    let index = Path::new("/images/team/signed.json");
+    let roots = ["base.sqsh", "upper.sqsh"].map(|name| root_of(&["seal", &format!("/images/team/{name}")]));
+    let write = |upper: Option<&str>| {
+        let mut text = serde_json::json!({"layers": ["base.sqsh", "upper.sqsh"], "verity": {"base.sqsh": roots[0]}});
+        if let Some(root) = upper {
+            text["verity"]["upper.sqsh"] = root.into();
+        }
+        fs::write(index, text.to_string()).unwrap();
+    };
+    let keys = Keys::none();
+    let (ours, _) = (keys.make("ours"), keys.make("stranger"));
+    let mut driver = Driver::with_policy(&format!("requireVerity: true\ntrustedKeys: [{ours}]"));
+    let signed = volume("signed", "team/signed.json", &[("verity", "signed")]);
+    let refused = |driver: &Driver, volume: &Volume, code: Code, why: &str| {
+        let error = driver.mount(volume, "pod").unwrap_err();
+        assert!(error.code() == code && error.message().contains(why), "{error}");
+        driver.assert_nothing_left();
+    };
+    write(Some(&roots[1]));
+    refused(&driver, &signed, Code::NotFound, "signed.json.minisig");
+    keys.sign("stranger", index);
+    refused(&driver, &signed, Code::PermissionDenied, "by none of the policy's trustedKeys");
+    keys.sign("ours", index);
+    write(Some(&roots[0]));
+    refused(&driver, &signed, Code::PermissionDenied, "by none of the policy's trustedKeys");
+    keys.sign("ours", index);
+    refused(&driver, &signed, Code::FailedPrecondition, "does not have the root hash");
+    write(None);
+    keys.sign("ours", index);
+    refused(&driver, &signed, Code::FailedPrecondition, "names no root hash of its layer upper.sqsh");
+    refused(&driver, &volume("bare", "team/signed.json", &[]), Code::PermissionDenied, "verity: ");
+    let root = volume("root", "team/signed.json", &[("verity", &roots[0])]);
+    refused(&driver, &root, Code::InvalidArgument, "is an index of layers");
+    write(Some(&roots[1]));
+    keys.sign("ours", index);
+    shows_both(&driver.mount(&signed, "pod").unwrap());
+    assert_eq!((driver.verified_devices(), driver.loop_devices().len()), (2, 2));
+    driver.kill();
+    driver.launch();
+    let link = Link::cut();
+    shows_both(&in_time("publish without the server", || driver.publish(&signed, "again").unwrap()));
+    link.restore();
+    assert_eq!(driver.verified_devices(), 2);
+    driver.unpublish(&signed, "again").unwrap();
+    driver.unmount(&signed, "pod");
     driver.assert_nothing_left();
 }
 

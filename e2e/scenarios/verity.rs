@@ -19,8 +19,33 @@ fn tool(arguments: &[&str]) -> Output {
     Command::new(binary()).args(arguments).output().unwrap()
 }
 
+/// Keys of minisign(1), as a person has them, by name.
+pub(super) struct Keys(tempfile::TempDir);
+
+impl Keys {
+    pub(super) fn none() -> Self {
+        Keys(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+
+    /// Makes one and returns its public part.
+    pub(super) fn make(&self, name: &str) -> String {
+        let public = self.path(&format!("{name}.pub"));
+        run("minisign", &["-G", "-W", "-p", &public, "-s", &self.path(&format!("{name}.key"))]);
+        fs::read_to_string(public).unwrap().lines().nth(1).unwrap().to_owned()
+    }
+
+    /// Makes `FILE.minisig`.
+    pub(super) fn sign(&self, name: &str, file: &Path) {
+        run("minisign", &["-S", "-s", &self.path(&format!("{name}.key")), "-m", file.to_str().unwrap()]);
+    }
+}
+
 /// `seal` and `verify` print a root hash.
-fn root_of(arguments: &[&str]) -> String {
+pub(super) fn root_of(arguments: &[&str]) -> String {
     let output = tool(arguments);
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
@@ -154,16 +179,9 @@ fn an_image_is_mounted_whose_root_hash_beside_it_is_signed_by_a_key_that_the_pol
     let root = root_of(&["seal", image.to_str().unwrap()]);
     let beside = |end: &str| PathBuf::from(format!("{}.root{end}", image.display()));
     fs::write(beside(""), format!("{root}\n")).unwrap();
-    let keys = tempfile::tempdir().unwrap();
-    let key = |name: &str| keys.path().join(name).display().to_string();
-    // As a person does it, with minisign(1).
-    let new_key = |name: &str| {
-        run("minisign", &["-G", "-W", "-p", &key(&format!("{name}.pub")), "-s", &key(&format!("{name}.key"))]);
-        fs::read_to_string(key(&format!("{name}.pub"))).unwrap().lines().nth(1).unwrap().to_owned()
-    };
-    let (ours, _) = (new_key("ours"), new_key("stranger"));
-    let sign =
-        |name: &str| run("minisign", &["-S", "-s", &key(&format!("{name}.key")), "-m", beside("").to_str().unwrap()]);
+    let keys = Keys::none();
+    let (ours, _) = (keys.make("ours"), keys.make("stranger"));
+    let sign = |name: &str| keys.sign(name, &beside(""));
     let policy = format!("requireVerity: true\ntrustedKeys: [{ours}]");
     let mut driver = Driver::with_policy(&policy);
     let volume = volume("v", "signed.sqsh", &[("verity", "signed")]);

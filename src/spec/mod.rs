@@ -218,16 +218,18 @@ impl Loopback {
         self.path.ends_with(index::ENDING)
     }
 
-    /// The layer of this name, which its index names.
-    pub fn layer(&self, name: &str) -> Loopback {
+    /// A layer that this index names.
+    pub fn layer(&self, layer: &index::Layer) -> Loopback {
+        let index::Layer { name, verity } = layer;
         let directory = self.path.rfind('/').map_or("", |at| &self.path[..=at]);
-        Loopback { path: format!("{directory}{name}"), index: Some(self.path.clone()), ..self.clone() }
+        Loopback { path: format!("{directory}{name}"), verity: *verity, index: Some(self.path.clone()), ..self.clone() }
     }
 
-    /// The name by which this index named an image, if it did.
-    pub fn name_of_layer<'a>(&self, image: &'a Loopback) -> Option<&'a str> {
-        let name = image.path.rsplit('/').next()?;
-        (self.layer(name) == *image).then_some(name)
+    /// What this index named an image by, if it did.
+    pub fn named(&self, image: &Loopback) -> Option<index::Layer> {
+        let name = image.path.rsplit('/').next()?.to_owned();
+        let layer = index::Layer { name, verity: image.verity };
+        (self.layer(&layer) == *image).then_some(layer)
     }
 
     /// One that says no more of the file than where it is.

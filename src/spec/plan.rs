@@ -20,6 +20,9 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                     if loopback.is_index() {
                         steps.push(format!("read {file}, and open the layers that it names"));
                         steps.push("attach each read-only to a loop device".to_owned());
+                        steps.extend(loopback.verity.map(|_| {
+                            "verify each block of them by the root hashes of the index, which is signed".to_owned()
+                        }));
                         steps.push(format!("mount each: {} (ro,nosuid,nodev{exec})", attach.fs_type));
                         steps.push("stack overlay: the layers, upper: none".to_owned());
                         return;

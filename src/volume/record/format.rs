@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Record;
 use crate::kernel::image::Content;
-use crate::spec::{self, Symlinks};
+use crate::spec::{self, Symlinks, index};
 
 /// What is written.
 const VERSION: u32 = 6;
@@ -116,6 +116,7 @@ pub struct Loopback {
 pub struct Layer {
     /// Of a file beside the index.
     name: String,
+    verity: Option<String>,
     content: Image,
 }
 
@@ -248,8 +249,9 @@ impl Mount {
                         content: images.iter().find(|(other, _)| other == image).map(|(_, content)| (*content).into()),
                         layers: {
                             let layer = |(other, content): &(spec::Loopback, Content)| {
-                                let name = image.name_of_layer(other)?.to_owned();
-                                Some(Layer { name, content: (*content).into() })
+                                let index::Layer { name, verity } = image.named(other)?;
+                                let verity = verity.map(|verity| verity.to_string());
+                                Some(Layer { name, verity, content: (*content).into() })
                             };
                             images.iter().filter_map(layer).collect()
                         },
@@ -327,7 +329,10 @@ impl Mount {
                         let image =
                             spec::Loopback { path, symlinks, cache, digest, verity, prefetch, index: None, base };
                         images.extend(content.map(|content| (image.clone(), content.into())));
-                        images.extend(layers.into_iter().map(|layer| (image.layer(&layer.name), layer.content.into())));
+                        for Layer { name, verity, content } in layers {
+                            let verity = verity.map(|verity| spec::Verity::parse(&verity)).transpose()?;
+                            images.push((image.layer(&index::Layer { name, verity }), content.into()));
+                        }
                         spec::Device::Loopback(image)
                     }
                 },

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::kernel::image::Image;
 use crate::kernel::{self, Doing};
 use crate::places::run_at;
-use crate::spec::{Loopback, index};
+use crate::spec::{Loopback, Verity, index};
 
 /// The largest index.
 const MAX: usize = 64 << 10;
@@ -20,16 +20,12 @@ impl Preparer {
         if !spec.is_index() {
             return Ok(vec![spec.clone()]);
         }
-        let of_then: Vec<_> = known
-            .iter()
-            .map(|known| &known.image)
-            .filter(|image| spec.name_of_layer(image).is_some())
-            .cloned()
-            .collect();
+        let of_then: Vec<_> =
+            known.iter().map(|known| &known.image).filter(|image| spec.named(image).is_some()).cloned().collect();
         if !of_then.is_empty() {
             return Ok(of_then);
         }
-        if spec.digest.is_some() || spec.verity.is_some() {
+        if spec.digest.is_some() || matches!(spec.verity, Some(Verity::Root(_))) {
             let message =
                 format!("image {} is an index of layers: a digest and a root hash are those of one file", spec.path);
             return Err(Error::new(Kind::InvalidArgument, message));
@@ -37,10 +33,20 @@ impl Preparer {
         let (base, image) = self.open_image(spec, known, None).await?;
         let path = spec.path.clone();
         let text = run_at(base.places(), format!("read index {path}"), move || read(&image, &path, MAX)).await?;
-        let names = index::parse(&text).map_err(|why| {
-            Error::new(Kind::FailedPrecondition, format!("image {} of {}: {why}", spec.path, spec.base))
-        })?;
-        Ok(names.iter().map(|name| spec.layer(name)).collect())
+        let wrong = |kind, why: &str| Error::new(kind, format!("image {} of {}: {why}", spec.path, spec.base));
+        let mut layers = index::parse(&text).map_err(|why| wrong(Kind::FailedPrecondition, &why))?;
+        match spec.verity {
+            Some(_) => {
+                self.check_signed(spec, &base, &spec.path, &text).await?;
+                if let Some(layer) = layers.iter().find(|layer| layer.verity.is_none()) {
+                    let why = format!("it is signed, and names no root hash of its layer {}", layer.name);
+                    return Err(wrong(Kind::FailedPrecondition, &why));
+                }
+            }
+            // Nobody vouches for what it says.
+            None => layers.iter_mut().for_each(|layer| layer.verity = None),
+        }
+        Ok(layers.iter().map(|layer| spec.layer(layer)).collect())
     }
 }
 

@@ -1,16 +1,12 @@
 //! Images whose root hash lies beside them, signed: the volume names no hash, the policy names the keys.
 
-use std::os::fd::AsFd;
-
 use minisign_verify::{PublicKey, Signature};
 
 use super::layers;
 use super::prepare::{Preparer, symlinks};
 use super::prepared::PreparedBase;
 use crate::error::{Error, Kind, Result};
-use crate::kernel;
 use crate::kernel::image::Image;
-use crate::kernel::mount::Symlinks;
 use crate::kernel::verity::RootHash;
 use crate::spec::{Loopback, Verity};
 
@@ -36,30 +32,46 @@ impl Preparer {
     }
 
     async fn signed_root_hash(&self, spec: &Loopback, base: &PreparedBase) -> Result<RootHash> {
-        let names = [format!("{}.root", spec.path), format!("{}.root.minisig", spec.path)];
-        let (of, symlinks) = (names.clone(), symlinks(&spec.base, spec.symlinks));
-        let step = format!("read {} and {}", names[0], names[1]);
-        let read = move |base: &_| Ok([read(base, &of[0], symlinks)?, read(base, &of[1], symlinks)?]);
-        let [root, signature] = self.below(base, step, read).await?;
-        let refused = |why: &str| Error::new(Kind::PermissionDenied, format!("image {}: {why}", spec.path));
-        let text = String::from_utf8_lossy(&signature);
-        let signature = Signature::decode(&text)
-            .map_err(|error| refused(&format!("{} is no signature of minisign(1): {error}", names[1])))?;
-        let keys = self.policy().trusted_keys();
-        let is_by =
-            |key: &String| PublicKey::from_base64(key).is_ok_and(|key| key.verify(&root, &signature, false).is_ok());
-        if !keys.iter().any(is_by) {
-            let why = format!("{} is a signature of {} by none of the policy's trustedKeys", names[1], names[0]);
-            return Err(refused(&why));
-        }
+        let file = format!("{}.root", spec.path);
+        let root = self.beside(spec, base, &file).await?;
+        self.check_signed(spec, base, &file, &root).await?;
         match Verity::parse(String::from_utf8_lossy(&root).trim()) {
             Ok(Verity::Root(root)) => Ok(root),
-            Ok(Verity::Signed) | Err(_) => Err(refused(&format!("{} is no root hash, as 'seal' prints it", names[0]))),
+            Ok(Verity::Signed) | Err(_) => Err(refused(spec, &format!("{file} is no root hash, as 'seal' prints it"))),
         }
+    }
+
+    /// Whether `FILE.minisig`, which lies beside the image, is a signature of what is in this file by a key of the policy's.
+    /// `PERMISSION_DENIED` where it is not.
+    pub(super) async fn check_signed(
+        &self,
+        spec: &Loopback,
+        base: &PreparedBase,
+        file: &str,
+        content: &[u8],
+    ) -> Result<()> {
+        let beside = format!("{file}.minisig");
+        let signature = self.beside(spec, base, &beside).await?;
+        let signature = Signature::decode(&String::from_utf8_lossy(&signature))
+            .map_err(|error| refused(spec, &format!("{beside} is no signature of minisign(1): {error}")))?;
+        let is_by =
+            |key: &String| PublicKey::from_base64(key).is_ok_and(|key| key.verify(content, &signature, false).is_ok());
+        match self.policy().trusted_keys().iter().any(is_by) {
+            true => Ok(()),
+            false => {
+                Err(refused(spec, &format!("{beside} is a signature of {file} by none of the policy's trustedKeys")))
+            }
+        }
+    }
+
+    /// A small file beside an image.
+    async fn beside(&self, spec: &Loopback, base: &PreparedBase, file: &str) -> Result<Vec<u8>> {
+        let (path, symlinks) = (file.to_owned(), symlinks(&spec.base, spec.symlinks));
+        let read = move |base: &_| layers::read(&Image::open(base, &path, symlinks)?, &path, MAX);
+        self.below(base, format!("read {file}"), read).await
     }
 }
 
-/// A small file beside an image.
-fn read(base: &impl AsFd, path: &str, symlinks: Symlinks) -> kernel::Result<Vec<u8>> {
-    layers::read(&Image::open(base, path, symlinks)?, path, MAX)
+fn refused(spec: &Loopback, why: &str) -> Error {
+    Error::new(Kind::PermissionDenied, format!("image {}: {why}", spec.path))
 }

@@ -73,7 +73,8 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let layered = [("server", "nfs"), ("share", "/images"), ("image", "team/tools.json")];
     let layered = BTreeMap::from(layered.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let layered = parse_attributes(&layered, &[]).unwrap().mount().clone();
-    let layers = ["upper.sqsh", "base.sqsh"].map(|name| layered.images()[0].layer(name));
+    let layers = [("upper.sqsh", Some(spec::Verity::Root([1; 32]))), ("base.sqsh", None)]
+        .map(|(name, verity)| layered.images()[0].layer(&index::Layer { name: name.into(), verity }));
     let contents = [4, 5].map(|n| Content { inode: n, size: 4096, modified: n });
     let images = layers.into_iter().zip(contents).collect();
     let layered = Record { mount: layered, images, ..record("layered", seed) };
