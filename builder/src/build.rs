@@ -1,11 +1,12 @@
 //! From a source to images in a store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use csi_driver_squashfs::kernel::verity::{hexadecimal as hexadecimal_of, seal, verify};
+use oci_client::manifest::OciDescriptor;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -49,11 +50,11 @@ pub enum Built {
 }
 
 impl Builder {
-    pub fn build(&self, source: Source, name: Option<String>, flat: bool) -> Result<Built> {
+    pub fn build(&self, source: Source, name: Option<String>) -> Result<Built> {
         let needed = || name.clone().context("name what is to be made, with its version, by --name");
         match source {
             Source::Tree(tree) => self.flat(&needed()?, |image| self.pack(&[&*tree], false, image)),
-            Source::Image(blobs) => self.image(&*blobs, name, flat),
+            Source::Image(blobs) => self.image(&*blobs, name),
         }
     }
 
@@ -69,19 +70,16 @@ impl Builder {
         Ok(Built::Flat(file))
     }
 
-    fn image(&self, blobs: &dyn Blobs, name: Option<String>, flat: bool) -> Result<Built> {
+    fn image(&self, blobs: &dyn Blobs, name: Option<String>) -> Result<Built> {
         let image = Image::find(blobs, &self.platform)?;
         let digits = hexadecimal(&image.digest)?;
         let name = name.unwrap_or_else(|| format!("{}-{}", blobs.name(), &digits[..12]));
         check_name(&name)?;
         let fetched = |layers: &[_]| -> Result<Vec<TarFile>> {
-            let fetch = |layer: &oci_client::manifest::OciDescriptor| {
+            let fetch = |layer: &OciDescriptor| {
                 let path = self.work.path().join(hexadecimal(&layer.digest)?);
-                // One image may have one layer twice.
-                if !path.exists() {
-                    eprintln!("layer {}: {} bytes", layer.digest, layer.size);
-                    blobs.fetch(layer, &path)?;
-                }
+                eprintln!("layer {}: {} bytes", layer.digest, layer.size);
+                blobs.fetch(layer, &path)?;
                 Ok(TarFile { path, is_layer: true, name: format!("layer {}", layer.digest) })
             };
             layers.iter().map(fetch).collect()
@@ -91,20 +89,10 @@ impl Builder {
             let tars: Vec<&dyn Layer> = fetched.iter().map(|tar| tar as _).collect();
             self.pack(&tars, is_more, image)?;
             // Layers are large, and read once.
-            fetched.iter().try_for_each(|tar| match fs::remove_file(&tar.path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(error).context("remove what was fetched")
-                }
-                _ => Ok(()),
-            })
+            fetched.iter().try_for_each(|tar| fs::remove_file(&tar.path)).context("remove what was fetched")
         };
-        if flat {
-            let file = format!("{name}.sqsh");
-            self.store.make(&file, |new| make(&image.layers, false, new))?;
-            return Ok(Built::Flat(file));
-        }
         let (mut layers, mut verity) = (Vec::new(), BTreeMap::new());
-        for layer in stack(&image.layers, self.most_layers) {
+        for layer in stack(&once(image.layers), self.most_layers) {
             // One is the same wherever it lies; of several the whiteouts go where nothing is below.
             let is_more = layer.len() == 1 || !layers.is_empty();
             let digest = match layer {
@@ -141,6 +129,14 @@ impl Builder {
     }
 }
 
+/// A layer that lies above itself, as empty ones do, has the same effect alone; overlayfs takes none twice.
+fn once(layers: Vec<OciDescriptor>) -> Vec<OciDescriptor> {
+    let mut seen = HashSet::new();
+    let mut once: Vec<_> = layers.into_iter().rev().filter(|layer| seen.insert(layer.digest.clone())).collect();
+    once.reverse();
+    once
+}
+
 /// What becomes a file each. Where there are more than `most`, the uppermost are made one: those below are shared by more images.
 fn stack<T>(layers: &[T], most: usize) -> Vec<&[T]> {
     let (single, merged) = layers.split_at(if layers.len() > most { most - 1 } else { layers.len() });
@@ -152,6 +148,13 @@ fn stack<T>(layers: &[T], most: usize) -> Vec<&[T]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_that_an_image_has_twice_is_there_once_where_it_is_uppermost() {
+        let layer = |digest: &&str| OciDescriptor { digest: (*digest).to_owned(), ..OciDescriptor::default() };
+        let layers = once(["a", "b", "a", "c", "b"].iter().map(layer).collect());
+        assert_eq!(layers.iter().map(|layer| layer.digest.as_str()).collect::<Vec<_>>(), ["a", "c", "b"]);
+    }
 
     #[test]
     fn a_stack_that_is_too_high_has_its_uppermost_layers_in_one() {

@@ -45,7 +45,7 @@ struct Arguments {
     /// The name of what is made, without its ending [default: of a container image its own name, tag and digest]
     #[arg(long)]
     name: Option<String>,
-    /// Make one file of a container image, and not one for each layer
+    /// Make one layer of all: the same as --max-layers 1
     #[arg(long)]
     flat: bool,
     /// Which of the images that a name stands for
@@ -101,11 +101,11 @@ fn run(arguments: Arguments) -> Result<()> {
         store: Store::open(to)?,
         format: format.clone(),
         limits: Limits { entries: *max_entries, bytes: max_size << 30 },
-        most_layers: arguments.max_layers.into(),
+        most_layers: if *flat { 1 } else { arguments.max_layers.into() },
         platform: platform.clone(),
         work,
     };
-    let built = builder.build(source, name.clone(), *flat)?;
+    let built = builder.build(source, name.clone())?;
     println!(
         "{}",
         match (&arguments.server, &arguments.share) {

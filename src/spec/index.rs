@@ -36,6 +36,9 @@ pub fn parse(text: &[u8]) -> Result<Vec<Layer>, String> {
     if layers.is_empty() || layers.len() > MAX_LOWER {
         return Err(format!("it names {} layers, and there may be 1 to {MAX_LOWER}", layers.len()));
     }
+    if let Some(double) = layers.iter().find(|name| layers.iter().filter(|other| other == name).count() > 1) {
+        return Err(format!("it names layer {} twice", quote(double)));
+    }
     let layer = |name: String| {
         let is_plain = !name.contains(['/', '\0']) && !matches!(name.as_str(), "" | "." | "..");
         if !is_plain || name.len() > 255 || name.ends_with(ENDING) {
@@ -63,7 +66,11 @@ mod tests {
         assert_eq!(parse(text.as_bytes()).unwrap(), expected);
         for (text, why) in [
             (r#"{"layers":[]}"#.to_owned(), "names 0 layers"),
-            (format!(r#"{{"layers":[{}"a"]}}"#, r#""a","#.repeat(MAX_LOWER)), "names 21 layers"),
+            (
+                format!(r#"{{"layers":[{}"a"]}}"#, (0..MAX_LOWER).map(|n| format!("\"{n}\",")).collect::<String>()),
+                "names 21 layers",
+            ),
+            (r#"{"layers":["a","b","a"]}"#.into(), "twice"),
             (r#"{"layers":["a","../b"]}"#.into(), "no name of a layer"),
             (r#"{"layers":["/b"]}"#.into(), "no name of a layer"),
             (r#"{"layers":[".."]}"#.into(), "no name of a layer"),
