@@ -28,7 +28,7 @@ impl Layer for Directory {
                 eprintln!("{} is a socket: it is left out", file.display());
                 continue;
             };
-            left.entry()?;
+            left.entry(path.len())?;
             let names = (metadata.nlink() > 1 && kind != Kind::Directory).then_some((metadata.dev(), metadata.ino()));
             if let Some(first) = names.and_then(|inode| links.get(&inode)) {
                 each(

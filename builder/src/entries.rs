@@ -70,13 +70,17 @@ pub struct Entry {
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub entries: u64,
+    /// Of files.
     pub bytes: u64,
+    /// Of names and attributes, which are kept in memory.
+    pub names: u64,
 }
 
 impl Limits {
-    /// One less.
-    pub fn entry(&mut self) -> Result<()> {
+    /// One entry less, with names and attributes of so many bytes.
+    pub fn entry(&mut self, names: usize) -> Result<()> {
         self.entries = self.entries.checked_sub(1).context("it has too many entries: see --max-entries")?;
+        self.names = self.names.checked_sub(names as u64).context("its names and attributes are too large")?;
         Ok(())
     }
 
@@ -97,7 +101,8 @@ pub fn read(
     // That of a layer is complete by its digest.
     let members = Members::new(tar, is_layer);
     members.read(|member, data| {
-        left.entry()?;
+        let extended = member.extended.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+        left.entry(member.path.len() + member.link.len() + extended)?;
         let name = shown(&member.path);
         let read = || {
             let Some(entry) = entry(member, is_layer)? else { return Ok(()) };
@@ -224,7 +229,7 @@ mod tests {
     use proptest::prelude::*;
     use tar::{Builder, Header};
 
-    const LIMITS: Limits = Limits { entries: 10, bytes: 1000 };
+    const LIMITS: Limits = Limits { entries: 10, bytes: 1000, names: 10_000 };
 
     /// A tar of one entry, whose name no library would write.
     fn tar_of(name: &[u8], kind: EntryType, link: &[u8], extensions: &[(&str, &[u8])]) -> Vec<u8> {
@@ -326,6 +331,12 @@ mod tests {
             many.extend(&tar_of(b"a", EntryType::Regular, b"", &[])[..512]);
         }
         assert!(format!("{:#}", all(&many, true).unwrap_err()).contains("--max-entries"));
+        let long = [("SCHILY.xattr.user.a", &[0; 10_000][..])];
+        let error = all(&tar_of(b"a", EntryType::Directory, b"", &long), true).unwrap_err();
+        assert!(format!("{error:#}").contains("names and attributes"));
+        // A directory has no bytes, whatever it says.
+        let endless = [("size", &b"18446744073709551615"[..])];
+        assert!(all(&tar_of(b"a", EntryType::Directory, b"", &endless), true).is_err());
         let mut header = Header::new_gnu();
         header.set_path("a").unwrap();
         header.set_mode(0);

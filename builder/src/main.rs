@@ -78,6 +78,9 @@ struct Arguments {
     share: Option<String>,
 }
 
+/// The most bytes of names and attributes of one layer or tar.
+const NAMES: u64 = 2 << 30;
+
 fn main() -> ExitCode {
     match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -100,7 +103,7 @@ fn run(arguments: Arguments) -> Result<()> {
     let builder = Builder {
         store: Store::open(to)?,
         format: format.clone(),
-        limits: Limits { entries: *max_entries, bytes: max_size << 30 },
+        limits: Limits { entries: *max_entries, bytes: max_size << 30, names: NAMES },
         most_layers: if *flat { 1 } else { arguments.max_layers.into() },
         platform: platform.clone(),
         work,

@@ -58,7 +58,7 @@ impl<R: Read> Members<R> {
                     let size = member.size;
                     let mut data = (&mut self.tar).take(size);
                     each(member, &mut data)?;
-                    let left = data.limit() + padding(size);
+                    let left = data.limit().saturating_add(padding(size));
                     self.skip(left)?;
                 }
             }

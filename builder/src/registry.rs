@@ -100,7 +100,12 @@ impl Access {
         let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
         match get_credential_from_reader(file, registry) {
             Ok(DockerCredential::UsernamePassword(user, password)) => Ok(RegistryAuth::Basic(user, password)),
-            Ok(DockerCredential::IdentityToken(token)) => Ok(RegistryAuth::Bearer(token)),
+            Ok(DockerCredential::IdentityToken(_)) => {
+                bail!(
+                    "{} has an identity token for {registry}, and a user and a password or access token is needed",
+                    path.display()
+                )
+            }
             Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(RegistryAuth::Anonymous),
             Err(error) => bail!("read {}: {error}", path.display()),
         }

@@ -27,7 +27,16 @@ impl Format {
         let mut said = tempfile::tempfile().context("make a temporary file")?;
         let output = || said.try_clone().map(Stdio::from).context("open a temporary file");
         let mut child = Command::new("tar2sqfs")
-            .args(["--quiet", "--no-skip", "--exportable", "--compressor", compressor, "--block-size", block_size])
+            .args([
+                "--quiet",
+                "--force",
+                "--no-skip",
+                "--exportable",
+                "--compressor",
+                compressor,
+                "--block-size",
+                block_size,
+            ])
             .arg(image)
             .stdin(Stdio::piped())
             .stdout(output()?)

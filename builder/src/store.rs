@@ -64,21 +64,20 @@ impl Store {
         if self.has(name)? {
             return Ok(Made::Before);
         }
-        let machine = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let unfinished = Unfinished(self.path(&format!(".{name}.{machine}-{}{UNFINISHED}", std::process::id())));
-        let (new, path) = (&unfinished.0, self.path(name));
-        // That of an earlier process of this number.
-        fs::remove_file(new).or_else(unless_gone).with_context(|| format!("remove {}", new.display()))?;
-        make(new)?;
+        let (directory, path) = (&self.directory, self.path(name));
+        let new = tempfile::Builder::new().prefix(&format!(".{name}.")).suffix(UNFINISHED).tempfile_in(directory);
+        // A name that nobody else has, on whichever machine he is. It goes with the value.
+        let new = new.with_context(|| format!("write into {}", directory.display()))?.into_temp_path();
+        make(&new)?;
         let on_disk = || -> io::Result<()> {
-            fs::set_permissions(new, Permissions::from_mode(0o644))?;
-            File::open(new)?.sync_all()
+            fs::set_permissions(&new, Permissions::from_mode(0o644))?;
+            File::open(&new)?.sync_all()
         };
         on_disk().with_context(|| format!("write {}", new.display()))?;
-        let made = name_it(new, &path).with_context(|| format!("make {}", path.display()))?;
-        File::open(&self.directory)
+        let made = name_it(&new, &path).with_context(|| format!("make {}", path.display()))?;
+        File::open(directory)
             .and_then(|directory| directory.sync_all())
-            .with_context(|| format!("write {}", self.directory.display()))?;
+            .with_context(|| format!("write {}", directory.display()))?;
         Ok(made)
     }
 
@@ -114,17 +113,6 @@ pub fn check_name(name: &str) -> Result<()> {
         bail!("{name:?} is no name of an image: up to 100 letters, digits and ._-+, and no dot at its beginning");
     }
     Ok(())
-}
-
-/// A file that goes unless it got its name.
-struct Unfinished(PathBuf);
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0).or_else(unless_gone) {
-            eprintln!("{} stays: {error}", self.0.display());
-        }
-    }
 }
 
 fn unless_gone<T: Default>(error: io::Error) -> io::Result<T> {
