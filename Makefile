@@ -259,6 +259,7 @@ tools: ## install what the tests and lints need
 		command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -e /usr/include/seccomp.h ] || missing="$$missing libseccomp-dev"; \
+	[ -d /usr/share/ca-certificates/mozilla ] || missing="$$missing ca-certificates"; \
 	if [ -n "$$missing" ]; then \
 		$(APT) update && $(APT) -y install $$missing; fi
 
