@@ -238,6 +238,9 @@ lint: tools cargo-deny advisories ## check format, lints, licences and advisorie
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources
+	@tree='cargo tree --locked --package csi-driver-squashfs --target $(CARGO_BUILD_TARGET) --prefix none --no-dedupe --format {p}:{f} --edges'; \
+	other=$$(comm -23 <($$tree normal | sort -u) <($$tree normal,dev | sort -u)); \
+	[ -z "$$other" ] || { printf 'tests compile these with other features, so what they test is not what is shipped:\n%s\n' "$$other"; exit 1; }
 	shellcheck -x $$(git grep --untracked -lE '^(#!/bin/(ba)?sh|# shellcheck shell=bash)$$')
 
 # The database comes from a git server that not every network reaches.

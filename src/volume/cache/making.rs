@@ -23,7 +23,7 @@ use crate::places::{Places, run_at};
 const AGAIN: Duration = Duration::from_secs(60);
 /// A copy that waits so long for what it asked its server for last is no reason for others to wait, whether the server cannot do better or
 /// will not.
-pub const STALLED: Duration = Duration::from_secs(10);
+const STALLED: Duration = Duration::from_secs(10);
 /// How many such copies of one server there may be, until no other is begun.
 const MOST_STALLED: usize = 2;
 
@@ -37,6 +37,7 @@ pub struct Source {
 /// The copies that this process makes.
 pub struct Making {
     turns: Semaphore,
+    patience: Duration,
     /// What copies hold that have given their turn to others, by their server.
     stalled: Mutex<HashMap<String, Weak<()>>>,
     copies: Mutex<HashMap<String, State>>,
@@ -45,7 +46,13 @@ pub struct Making {
 impl Making {
     /// At most so many at a time, beside those that get nothing.
     pub fn new(copies: usize) -> Self {
-        Making { turns: Semaphore::new(copies), stalled: Mutex::default(), copies: Mutex::default() }
+        Making { turns: Semaphore::new(copies), patience: STALLED, stalled: Mutex::default(), copies: Mutex::default() }
+    }
+
+    /// With another patience than a test has.
+    #[cfg(test)]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Making { patience, ..self }
     }
 
     pub fn stalled(&self, server: &str) -> usize {
@@ -68,10 +75,10 @@ impl Making {
         tokio::pin!(copying);
         let mut stalled = None;
         loop {
-            if let Ok(copied) = tokio::time::timeout(STALLED, &mut copying).await {
+            if let Ok(copied) = tokio::time::timeout(self.patience, &mut copying).await {
                 return copied;
             }
-            if progress.owed() >= STALLED {
+            if progress.owed() >= self.patience {
                 // The next one goes ahead, and this one goes on when it can.
                 turn = None;
                 stalled.get_or_insert_with(|| self.one_more_stalled(server));

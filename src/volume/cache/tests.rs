@@ -3,12 +3,12 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::copy::{Progress, copy};
-use super::making::STALLED;
 use super::*;
 use crate::kernel::loop_device::{LoopDevice, Purpose, Reads};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 const QUOTA: Bounds = Bounds { quota: 1 << 30, min_free: 1 };
 
@@ -333,40 +333,53 @@ fn a_loop_device_stands_on_a_copy_by_the_file_that_it_has_and_not_by_the_name_of
     assert_eq!(fixture.store.below(&device), Some(id));
 }
 
+/// Of a test; what is only waited for, it waits for as long as it takes.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+fn making() -> Arc<Making> {
+    Arc::new(Making::new(1).with_patience(PATIENCE))
+}
+
 /// A copy that never ends, from a server that owes what was asked for last or none.
-async fn copying(making: Arc<Making>, server: &'static str, progress: Arc<Progress>) -> Result<()> {
-    making.in_turn(server, &progress, std::future::pending()).await
+fn copying(making: &Arc<Making>, server: &'static str, progress: &Arc<Progress>) {
+    let (making, progress) = (Arc::clone(making), Arc::clone(progress));
+    tokio::spawn(async move { making.in_turn(server, &progress, std::future::pending::<Result<()>>()).await });
 }
 
-async fn is_begun(making: &Arc<Making>, server: &'static str) -> bool {
-    // A turn that is not given in all that time is not given.
-    let begun = tokio::time::timeout(STALLED * 6, making.in_turn(server, &Progress::default(), async { Ok(()) })).await;
-    matches!(begun, Ok(Ok(())))
+async fn until_stalled(making: &Making, server: &str, copies: usize) {
+    while making.stalled(server) != copies {
+        tokio::time::sleep(PATIENCE).await;
+    }
 }
 
-#[tokio::test(start_paused = true)]
+/// Whether a copy has its turn; one that is not given in all that time is not given.
+async fn is_begun(making: &Making, server: &str) -> bool {
+    tokio::time::timeout(PATIENCE * 10, making.in_turn(server, &Progress::default(), async { Ok(()) })).await.is_ok()
+}
+
+#[tokio::test]
 async fn a_server_that_gives_nothing_holds_up_two_copies_and_no_other_is_begun_from_it() {
-    let making = Arc::new(Making::new(1));
+    let making = making();
     let progress = [Arc::<Progress>::default(), Arc::default()];
     let owed = progress.each_ref().map(|progress| progress.ask());
     for progress in &progress {
-        tokio::spawn(copying(Arc::clone(&making), "slow", Arc::clone(progress)));
+        copying(&making, "slow", progress);
     }
-    tokio::time::sleep(STALLED * 4).await;
+    until_stalled(&making, "slow", 2).await;
     let error = making.in_turn("slow", &Progress::default(), async { Ok(()) }).await.unwrap_err();
     assert!(error.message.contains("2 copies from slow get nothing"), "{error}");
-    assert!(is_begun(&making, "other").await);
+    making.in_turn("other", &Progress::default(), async { Ok(()) }).await.unwrap();
     // What it owes it gives: one has its turn back, and others wait for it again.
     drop(owed);
-    tokio::time::sleep(STALLED * 2).await;
+    until_stalled(&making, "slow", 1).await;
     assert!(!is_begun(&making, "other").await);
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_copy_that_is_busy_on_this_node_is_no_word_about_its_server() {
-    let making = Arc::new(Making::new(1));
-    tokio::spawn(copying(Arc::clone(&making), "fast", Arc::default()));
-    tokio::time::sleep(STALLED * 4).await;
+    let making = making();
+    copying(&making, "fast", &Arc::default());
+    tokio::time::sleep(PATIENCE * 4).await;
     assert!(!is_begun(&making, "other").await, "it keeps its turn");
     assert_eq!(making.stalled("fast"), 0);
 }
