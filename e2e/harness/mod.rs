@@ -58,6 +58,8 @@ pub struct Volume {
     pub mount_options: Vec<String>,
     pub mode: Mode,
     pub read_only: bool,
+    /// The `fsGroup` of the pod.
+    pub group: Option<u32>,
 }
 
 impl Volume {
@@ -65,7 +67,7 @@ impl Volume {
     pub fn flat(id: &str, attributes: &[(&str, &str)]) -> Self {
         let attributes = attributes.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
         let mode = Mode::MultiNodeReaderOnly;
-        Volume { id: id.into(), attributes, mount_options: Vec::new(), mode, read_only: false }
+        Volume { id: id.into(), attributes, mount_options: Vec::new(), mode, read_only: false, group: None }
     }
 
     /// A volume with a JSON mount spec.
@@ -83,6 +85,11 @@ impl Volume {
         Volume { read_only: true, ..self }
     }
 
+    /// The same for a pod with this `fsGroup`.
+    pub fn of_group(self, group: u32) -> Self {
+        Volume { group: Some(group), ..self }
+    }
+
     /// The same as an inline volume.
     pub fn inline(mut self) -> Self {
         self.attributes.insert("csi.storage.k8s.io/ephemeral".into(), "true".into());
@@ -90,7 +97,11 @@ impl Volume {
     }
 
     pub fn capability(&self) -> VolumeCapability {
-        let mount = MountVolume { mount_flags: self.mount_options.clone(), ..Default::default() };
+        let mount = MountVolume {
+            mount_flags: self.mount_options.clone(),
+            volume_mount_group: self.group.map(|group| group.to_string()).unwrap_or_default(),
+            ..Default::default()
+        };
         VolumeCapability {
             access_mode: Some(AccessMode { mode: self.mode.into() }),
             access_type: Some(AccessType::Mount(mount)),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use serde_json::json;
 
@@ -268,6 +269,50 @@ fn the_root_of_an_overlay_has_the_owner_and_mode_of_the_image() {
     let root = fs::metadata(driver.mount(&volume, "pod").unwrap()).unwrap();
     assert_eq!((root.mode() & 0o7777, root.uid(), root.gid()), (0o1777, 1000, 2000));
     driver.unmount(&volume, "pod");
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn the_group_of_a_pod_writes_to_the_root_of_a_writable_layer_and_nothing_else_changes() {
+    use std::os::unix::fs::MetadataExt;
+    let tree = Tree::new(&[("directory/file", "content")]);
+    run("chmod", &["0750", tree.path().to_str().unwrap()]);
+    tree.squashfs("/images/group.sqsh");
+    let driver = Driver::start();
+    let of = |path: &Path| {
+        let found = fs::metadata(path).unwrap();
+        (found.mode() & 0o7777, found.uid(), found.gid())
+    };
+    for (number, upper) in [
+        json!({"kind": "directory"}),
+        json!({"kind": "directory", "size": "16Mi"}),
+        json!({"kind": "tmpfs", "size": "1Mi"}),
+        json!({"kind": "none"}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let spec = json!({"kind": "overlay", "overlay": {"lower": [squashfs("group.sqsh")], "upper": upper}});
+        let volume = Volume::spec(&format!("v{number}"), &spec).of_group(4000);
+        let volume = if number == 3 { volume } else { volume.writable() };
+        let target = driver.mount(&volume, &volume.id).unwrap();
+        let root = if number == 3 { (0o750, 0, 0) } else { (0o2770, 0, 4000) };
+        assert_eq!(of(&target), root, "{upper}");
+        assert_eq!(of(&target.join("directory")).2, 0, "{upper}");
+        // Entered as root: others do not get through the directories above.
+        let mut touch = Command::new("setpriv");
+        touch.args(["--reuid=1000", "--regid=1000", "--groups=4000", "touch", "new"]).current_dir(&target);
+        let written = touch.status().unwrap();
+        assert_eq!(written.success(), number != 3, "{upper}");
+        if number != 3 {
+            let (_, user, group) = of(&target.join("new"));
+            assert_eq!((user, group), (1000, 4000), "{upper}");
+        }
+        // For a kubelet that has started again, as for one that knew no group before.
+        driver.publish(&Volume { group: None, ..volume.clone() }, &volume.id).unwrap();
+        driver.unmount(&volume, &volume.id);
+    }
     driver.assert_nothing_left();
 }
 

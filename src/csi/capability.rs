@@ -69,6 +69,19 @@ pub fn is_ephemeral(context: &HashMap<String, String>) -> bool {
     context.get(EPHEMERAL).is_some_and(|value| value == "true")
 }
 
+/// The group that may write: `volume_mount_group`, a number in the kubelet's words (the pod's `fsGroup`).
+pub fn group_of(capability: &VolumeCapability) -> Result<Option<u32>> {
+    let Some(AccessType::Mount(mount)) = &capability.access_type else { return Ok(None) };
+    match mount.volume_mount_group.as_str() {
+        "" => Ok(None),
+        // The kernel takes the last number for no group at all (chown(2)).
+        text => match text.parse() {
+            Ok(group) if group != u32::MAX => Ok(Some(group)),
+            _ => Err(invalid(&format!("volume_capability: volume_mount_group {text:?} is not the number of a group"))),
+        },
+    }
+}
+
 pub fn is_single_writer(capability: &VolumeCapability) -> bool {
     capability.access_mode.as_ref().is_some_and(|mode| mode.mode() == Mode::SingleNodeSingleWriter)
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use tonic::{Request, Response};
 
 use super::capability::{
-    check_access_mode, is_ephemeral, is_single_writer, pod_of, required, required_path, required_text, spec_of,
+    check_access_mode, group_of, is_ephemeral, is_single_writer, pod_of, required, required_path, required_text,
+    spec_of,
 };
 use super::status::{Answer, answer};
 use super::v1::volume_usage::Unit;
@@ -87,8 +88,8 @@ impl node_server::Node for Node {
             }
             check_access_mode(&mount, &capability, ephemeral || request.readonly)?;
             let exclusive = !ephemeral && is_single_writer(&capability);
-            let publication =
-                Publication { volume_id, target, mount, read_only: request.readonly, namespace, exclusive };
+            let (read_only, group) = (request.readonly, group_of(&capability)?);
+            let publication = Publication { volume_id, target, mount, read_only, namespace, group, exclusive };
             self.volumes.publish(publication, !ephemeral).await?;
             Ok(NodePublishVolumeResponse {})
         })
@@ -133,6 +134,7 @@ impl node_server::Node for Node {
             rpc::Type::GetVolumeStats,
             rpc::Type::VolumeCondition,
             rpc::Type::SingleNodeMultiWriter,
+            rpc::Type::VolumeMountGroup,
         ]
         .map(|rpc| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: rpc.into() })) });
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: capabilities.into() }))

@@ -165,6 +165,20 @@ async fn an_inline_volume_is_published_without_a_stage_whatever_its_mode() {
 }
 
 #[tokio::test]
+async fn the_group_of_a_pod_is_a_number() {
+    let service = Service::new().await;
+    for group in ["staff", "-1", "4294967295", "4294967296", "1000 "] {
+        let mut request = service.publish_request();
+        let mount = MountVolume { volume_mount_group: group.into(), ..Default::default() };
+        request.volume_capability.as_mut().unwrap().access_type = Some(AccessType::Mount(mount));
+        let error = service.publish(request).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument);
+        assert!(error.message().contains(&format!("volume_mount_group {group:?}")), "{error}");
+    }
+    assert_eq!(service.node.log(), [""; 0]);
+}
+
+#[tokio::test]
 async fn a_missing_image_is_not_found_and_a_silent_server_unavailable() {
     let service = Service::new().await;
     let with = |key: &str, value: &str| {

@@ -113,7 +113,8 @@ impl Node {
 
     pub fn publication(&self, volume_id: &str, spec: &str, pod: &str) -> Publication {
         let (mount, target) = (self.allowed(spec), self.target(pod));
-        Publication { volume_id: volume_id.into(), target, mount, read_only: false, namespace: None, exclusive: false }
+        let (volume_id, read_only) = (volume_id.into(), false);
+        Publication { volume_id, target, mount, read_only, namespace: None, group: None, exclusive: false }
     }
 
     pub async fn publish(&self, volume_id: &str, spec: &str, pod: &str) -> Result<PathBuf> {

@@ -13,6 +13,8 @@ pub struct Publication {
     pub read_only: bool,
     /// Of the pod, where the kubelet names it.
     pub namespace: Option<String>,
+    /// The group that may write to a writable layer. What is mounted, or was written to, keeps the one that it has.
+    pub group: Option<u32>,
     /// No other path may be published while this one is (access mode `SINGLE_NODE_SINGLE_WRITER`).
     pub exclusive: bool,
 }
@@ -20,7 +22,8 @@ pub struct Publication {
 impl Publication {
     /// What a person mounts, and not the kubelet.
     pub fn by_hand(target: PathBuf, mount: Allowed, read_only: bool) -> Self {
-        Publication { volume_id: by_hand(&target), target, mount, read_only, namespace: None, exclusive: false }
+        let volume_id = by_hand(&target);
+        Publication { volume_id, target, mount, read_only, namespace: None, group: None, exclusive: false }
     }
 }
 

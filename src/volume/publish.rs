@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use super::in_flight::{Key, Lease, Request};
 use super::publication::Publication;
 use super::record::{Directory, Found, List, Record};
-use super::source::{Prepared, UpperLayer, build};
+use super::source::{Prepared, Storage, UpperLayer, build};
 use super::{RELEASE_PATIENCE, Volumes, release};
 use crate::blocking::{self, measured};
 use crate::error::{Error, Kind, Result};
@@ -143,19 +143,20 @@ impl Volumes {
             Found::Record(_) | Found::Nothing => directory.remove()?,
             Found::Unreadable(unreadable) => return Err(unreadable.into()),
         }
-        let upper = match publication.mount.upper(publication.read_only) {
+        let storage = match publication.mount.upper(publication.read_only) {
             Upper::None => None,
-            Upper::Tmpfs { size } => Some(UpperLayer::Tmpfs { size }),
+            Upper::Tmpfs { size } => Some(Storage::Tmpfs { size }),
             Upper::Directory { size } => {
                 let path = directory.scratch(scratch.get_or_insert_with(|| format!("scratch-{}", now())));
                 Some(match size {
-                    None => UpperLayer::Directory(path),
-                    Some(size) => UpperLayer::File { path: path.join("layer"), size },
+                    None => Storage::Directory(path),
+                    Some(size) => Storage::File { path: path.join("layer"), size },
                 })
             }
         };
         let images = held.images().into_iter().map(|known| (known.image, known.content)).collect();
         directory.write(&Record::new(publication, images, scratch))?;
+        let upper = storage.map(|storage| UpperLayer { storage, group: publication.group });
         Ok(Recorded { upper, is_new })
     }
 

@@ -56,7 +56,7 @@ impl Record {
 
     /// Whether it is of this publication, and of no other at the same path.
     pub fn is_of(&self, publication: &Publication) -> bool {
-        let Publication { volume_id, target, mount, read_only, exclusive, namespace: _ } = publication;
+        let Publication { volume_id, target, mount, read_only, exclusive, namespace: _, group: _ } = publication;
         self.volume_id == *volume_id
             && self.target == *target
             && self.mount == **mount

@@ -14,7 +14,14 @@ use crate::kernel::tmpfs::tmpfs;
 use crate::kernel::{self, Doing, Kernel, in_namespace};
 
 /// The writable layer of the outermost overlay.
-pub enum UpperLayer {
+pub struct UpperLayer {
+    pub storage: Storage,
+    /// Who may write to its root, beside the owner of the image's.
+    pub group: Option<u32>,
+}
+
+/// Where a writable layer is.
+pub enum Storage {
     /// Memory, at most `size` bytes.
     Tmpfs { size: u64 },
     /// An existing directory of this published path alone, in which the upper and work directories are made.
@@ -65,7 +72,7 @@ fn attributes(read_only: bool) -> MountAttrFlags {
 
 /// An overlay of one empty layer and an upper in `directory`.
 pub fn overlay_on(directory: &Path, kernel: &dyn Kernel) -> kernel::Result<DetachedMount> {
-    let upper = UpperLayer::Directory(directory.to_owned());
+    let upper = UpperLayer { storage: Storage::Directory(directory.to_owned()), group: None };
     let empty = kernel.mount(tmpfs("an empty layer", Some(4096)))?;
     stack(vec![(Layer::Tmpfs, empty)], Some(&upper), kernel, "try")
 }
@@ -76,13 +83,14 @@ fn stack(
     kernel: &dyn Kernel,
     source: &str,
 ) -> kernel::Result<DetachedMount> {
-    let upper = match upper {
+    let group = upper.and_then(|upper| upper.group);
+    let upper = match upper.map(|upper| &upper.storage) {
         // Nothing to stack, and the kernel refuses to.
         None if layers.len() == 1 => return Ok(layers.remove(0).1),
         None => None,
-        Some(UpperLayer::Tmpfs { size }) => Some(kernel.mount(tmpfs(format!("tmpfs of {size} bytes"), Some(*size)))?),
-        Some(UpperLayer::Directory(path)) => Some(kernel.bind(open_directory(path)?.as_fd(), false, CONFINED)?),
-        Some(UpperLayer::File { path, size }) => Some(measured("scratch", || kernel.scratch(path, *size))?),
+        Some(Storage::Tmpfs { size }) => Some(kernel.mount(tmpfs(format!("tmpfs of {size} bytes"), Some(*size)))?),
+        Some(Storage::Directory(path)) => Some(kernel.bind(open_directory(path)?.as_fd(), false, CONFINED)?),
+        Some(Storage::File { path, size }) => Some(measured("scratch", || kernel.scratch(path, *size))?),
     };
     let stack = || {
         let workspace = Workspace::new(kernel)?;
@@ -94,14 +102,15 @@ fn stack(
         }
         let Some(upper) = &upper else { return kernel.mount(overlay(source, &lower, None)) };
         workspace.attach("upper", upper)?;
-        make_upper(&lower[0]).doing(|| "make the upper and work directories".into())?;
+        make_upper(&lower[0], group).doing(|| "make the upper and work directories".into())?;
         kernel.mount(overlay(source, &lower, Some(("upper/upper", "upper/work"))))
     };
     measured("overlay", || in_namespace(kernel, stack)?)
 }
 
-/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower.
-fn make_upper(lower: &str) -> std::io::Result<()> {
+/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower. A `group` may do what its owner
+/// may, and what is made there belongs to it too: as the kubelet has it with `fsGroup`, which for all other directories would copy them up.
+fn make_upper(lower: &str, group: Option<u32>) -> std::io::Result<()> {
     // There already after a reboot of the node, with what the pod wrote.
     if !Path::new("upper/upper").exists() {
         let new = "upper/new";
@@ -109,8 +118,9 @@ fn make_upper(lower: &str) -> std::io::Result<()> {
             std::fs::create_dir(new)?;
         }
         let root = std::fs::metadata(lower)?;
-        std::os::unix::fs::chown(new, Some(root.uid()), Some(root.gid()))?;
-        std::fs::set_permissions(new, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
+        std::os::unix::fs::chown(new, Some(root.uid()), Some(group.unwrap_or(root.gid())))?;
+        let mode = root.mode() & 0o7777 | group.map_or(0, |_| 0o2770);
+        std::fs::set_permissions(new, std::fs::Permissions::from_mode(mode))?;
         std::fs::rename(new, "upper/upper")?;
     }
     std::fs::create_dir_all("upper/work")

@@ -25,7 +25,7 @@ mod shared;
 mod signed;
 
 pub use ahead::{PrefetchConfig, Prefetcher, Prefetching};
-pub use build::{UpperLayer, build, overlay_on};
+pub use build::{Storage, UpperLayer, build, overlay_on};
 pub use devices::Device;
 pub use learned::Learned;
 pub use moving::Published;

@@ -24,7 +24,8 @@ fn volume(node: &Node, parameters: &[(&str, &str)]) -> Allowed {
 async fn publish(node: &Node, parameters: &[(&str, &str)], pod: &str) -> crate::error::Result<()> {
     let (mount, target) = (volume(node, parameters), node.target(pod));
     let volume_id = format!("volume of {pod}");
-    let publication = Publication { volume_id, target, mount, read_only: true, namespace: None, exclusive: false };
+    let publication =
+        Publication { volume_id, target, mount, read_only: true, namespace: None, group: None, exclusive: false };
     node.volumes.publish(publication, false).await
 }
 
@@ -206,6 +207,7 @@ async fn a_staged_index_is_published_without_its_server_with_the_layers_that_it_
         mount: mount.clone(),
         read_only: true,
         namespace: None,
+        group: None,
         exclusive: false,
     };
     node.volumes.publish(publication(node.target("a")), true).await.unwrap();
@@ -340,6 +342,7 @@ async fn a_staged_volume_is_known_again_on_the_copy_that_it_was_moved_to() {
         mount,
         read_only: true,
         namespace: None,
+        group: None,
         exclusive: false,
     };
     node.volumes.publish(publication.clone(), true).await.unwrap();
