@@ -78,6 +78,8 @@ impl Builder {
         let fetched = |layers: &[_]| -> Result<Vec<TarFile>> {
             let fetch = |layer: &OciDescriptor| {
                 let path = self.work.path().join(hexadecimal(&layer.digest)?);
+                let is_small = u64::try_from(layer.size).is_ok_and(|size| size <= self.limits.bytes);
+                ensure!(is_small, "layer {} has {} bytes: see --max-size", layer.digest, layer.size);
                 eprintln!("layer {}: {} bytes", layer.digest, layer.size);
                 blobs.fetch(layer, &path)?;
                 Ok(TarFile { path, is_layer: true, name: format!("layer {}", layer.digest) })

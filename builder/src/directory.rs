@@ -7,8 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path as FilePath, PathBuf};
 
-use anyhow::{Context, Result};
-use rustix::fs::{lgetxattr, llistxattr};
+use anyhow::{Context, Result, ensure};
+use rustix::fs::{Mode, OFlags, lgetxattr, llistxattr};
 use rustix::io::Errno;
 
 use super::entries::{Attributes, Entry, Kind, Limits, Path, is_kept};
@@ -52,7 +52,14 @@ impl Layer for Directory {
             match kind {
                 Kind::File(size) => {
                     left.file(size)?;
-                    let mut data = File::open(&file).with_context(context)?;
+                    // By now something else may have this name, of which the kind is told once it is open.
+                    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                    let mut data = File::from(rustix::fs::open(&file, flags, Mode::empty()).with_context(context)?);
+                    ensure!(
+                        data.metadata().with_context(context)?.is_file(),
+                        "{} changed while it was read",
+                        file.display()
+                    );
                     each(Entry { path, kind, attributes }, &mut data).with_context(context)?;
                 }
                 _ => each(Entry { path, kind, attributes }, &mut io::empty())?,

@@ -84,6 +84,14 @@ impl Limits {
         Ok(())
     }
 
+    /// Directories that are made because something lies in them: all that `last`, the path before, does not lie in, too.
+    fn directories_above(&mut self, path: &[u8], last: &[u8]) -> Result<()> {
+        let is_known = |above: &&[u8]| *above == last || parents(last).any(|known| known == *above);
+        parents(path)
+            .take_while(|above| !above.is_empty() && !is_known(above))
+            .try_for_each(|above| self.entry(above.len()))
+    }
+
     pub fn file(&mut self, size: u64) -> Result<()> {
         self.bytes = self.bytes.checked_sub(size).context("it is too large unpacked: see --max-size")?;
         Ok(())
@@ -97,18 +105,19 @@ pub fn read(
     limits: Limits,
     mut each: impl FnMut(Entry, &mut dyn Read) -> Result<()>,
 ) -> Result<()> {
-    let mut left = limits;
+    let (mut left, mut last) = (limits, Path::new());
     // That of a layer is complete by its digest.
     let members = Members::new(tar, is_layer);
     members.read(|member, data| {
         let extended = member.extended.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
         left.entry(member.path.len() + member.link.len() + extended)?;
+        // Data that are skipped are unpacked all the same.
+        left.file(member.size)?;
         let name = shown(&member.path);
         let read = || {
             let Some(entry) = entry(member, is_layer)? else { return Ok(()) };
-            if let Kind::File(size) = entry.kind {
-                left.file(size)?;
-            }
+            left.directories_above(&entry.path, &last)?;
+            last.clone_from(&entry.path);
             each(entry, data)
         };
         read().with_context(|| name)
@@ -334,9 +343,21 @@ mod tests {
         let long = [("SCHILY.xattr.user.a", &[0; 10_000][..])];
         let error = all(&tar_of(b"a", EntryType::Directory, b"", &long), true).unwrap_err();
         assert!(format!("{error:#}").contains("names and attributes"));
-        // A directory has no bytes, whatever it says.
+        // What is no file has no bytes, whatever it says.
         let endless = [("size", &b"18446744073709551615"[..])];
-        assert!(all(&tar_of(b"a", EntryType::Directory, b"", &endless), true).is_err());
+        for kind in [EntryType::Directory, EntryType::Link, EntryType::Symlink, EntryType::Fifo] {
+            assert_eq!(all(&tar_of(b"a", kind, b"b", &endless), true).unwrap().len(), 1);
+        }
+        // What stands for nothing is unpacked all the same.
+        let large = tar_of(b".wh..wh.aufs", EntryType::Regular, b"", &[("size", b"1001")]);
+        assert!(format!("{:#}", all(&large, true).unwrap_err()).contains("--max-size"));
+        // Directories that nobody names count too, once for those that lie in them one after another.
+        let deep = |names: [&str; 2]| {
+            let tars = names.map(|name| tar_of(name.as_bytes(), EntryType::Regular, b"", &[])[..512].to_vec());
+            all(&tars.concat(), true)
+        };
+        assert_eq!(deep(["a/b/c/d/e", "a/b/c/d/f"]).unwrap().len(), 2);
+        assert!(format!("{:#}", deep(["a/b/c/d/e/f", "b/b/c/d/e"]).unwrap_err()).contains("--max-entries"));
         let mut header = Header::new_gnu();
         header.set_path("a").unwrap();
         header.set_mode(0);

@@ -7,6 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use oci_client::manifest::{ImageIndexEntry, OciDescriptor, OciManifest};
 use sha2::{Digest, Sha256};
 
+/// No program makes an image of more: 127 is the most of most.
+const MOST_LAYERS: usize = 512;
+
 /// Where manifests and layers are.
 pub trait Blobs {
     /// A name for people, and for files; it may lead to another image tomorrow.
@@ -97,8 +100,11 @@ impl Image {
         bail!("an index in an index in an index")
     }
 
-    fn new(digest: String, layers: Vec<OciDescriptor>) -> Result<Image> {
-        for layer in &layers {
+    fn new(digest: String, mut layers: Vec<OciDescriptor>) -> Result<Image> {
+        ensure!(layers.len() <= MOST_LAYERS, "it has {} layers, and up to {MOST_LAYERS} are taken", layers.len());
+        for layer in &mut layers {
+            // Other hosts, of which the image's author would choose which are asked.
+            layer.urls = None;
             hexadecimal(&layer.digest)?;
             let kind = &layer.media_type;
             ensure!(

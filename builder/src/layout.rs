@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use oci_client::manifest::OciDescriptor;
 use sha2::{Digest, Sha256};
+use tar::EntryType;
 use tempfile::TempDir;
 
+use super::entries::Limits;
 use super::image::{Blobs, hexadecimal};
+use super::members::Members;
 
 /// By which a directory is known.
 const MARK: &str = "oci-layout";
+/// What may stand before it in a tar, some of which programs add that know an older form.
+const BEFORE_MARK: &[&str] = &["", ".", "blobs", "blobs/sha256", "manifest.json", "repositories"];
 /// The annotation that names one of several images.
 const NAME: &str = "org.opencontainers.image.ref.name";
 /// The largest manifest.
@@ -39,29 +44,39 @@ impl Layout {
     }
 
     /// `None` where the tar is none of a layout.
-    pub fn unpack(path: &Path, tar: impl Read, name: Option<String>, work: &Path) -> Result<Option<Layout>> {
+    pub fn unpack(
+        path: &Path,
+        tar: impl Read,
+        name: Option<String>,
+        work: &Path,
+        limits: Limits,
+    ) -> Result<Option<Layout>> {
         let directory = TempDir::new_in(work).context("make a directory to unpack into")?;
-        let mut is_layout = false;
-        for entry in tar::Archive::new(tar).entries()? {
-            let mut entry = entry?;
-            let file = entry.path_bytes().into_owned();
-            let file = String::from_utf8_lossy(file.strip_prefix(b"./").unwrap_or(&file)).into_owned();
+        let (mut is_layout, mut is_other, mut left) = (false, false, limits);
+        let unpacked = Members::new(tar, false).read(|member, data| {
+            left.entry(member.path.len())?;
+            left.file(member.size)?;
+            let file = String::from_utf8_lossy(member.path.strip_prefix(b"./").unwrap_or(&member.path)).into_owned();
             let blob = file.strip_prefix("blobs/sha256/").map(|digits| format!("sha256:{digits}"));
             match blob.as_deref().map(hexadecimal) {
                 Some(Ok(_)) => fs::create_dir_all(directory.path().join("blobs/sha256"))?,
                 _ if [MARK, "index.json"].contains(&file.as_str()) => is_layout |= file == MARK,
                 // The first entries of a tar of something else.
-                _ if !is_layout
-                    && !["", "blobs", "blobs/", "blobs/sha256", "blobs/sha256/"].contains(&file.as_str()) =>
-                {
-                    return Ok(None);
+                _ if !is_layout && !BEFORE_MARK.contains(&file.trim_end_matches('/')) => {
+                    is_other = true;
+                    bail!("it is no layout");
                 }
-                _ => continue,
+                _ => return Ok(()),
             }
-            ensure!(entry.header().entry_type().is_file(), "{file} is no file");
-            let mut unpack = || io::copy(&mut entry, &mut File::create_new(directory.path().join(&file))?);
+            ensure!(matches!(member.kind, EntryType::Regular | EntryType::Continuous), "{file} is no file");
+            let mut unpack = || io::copy(data, &mut File::create_new(directory.path().join(&file))?);
             unpack().with_context(|| format!("unpack {file}"))?;
+            Ok(())
+        });
+        if is_other {
+            return Ok(None);
         }
+        unpacked?;
         let path = path.to_owned();
         let layout = Layout { path, directory: directory.path().to_owned(), name, _unpacked: Some(directory) };
         Ok(is_layout.then_some(layout))

@@ -99,11 +99,12 @@ fn run(arguments: Arguments) -> Result<()> {
         None => TempDir::new(),
     };
     let work = work.context("make a directory for layers: see --work")?;
-    let source = Source::find(source, image_name.clone(), access, work.path())?;
+    let limits = Limits { entries: *max_entries, bytes: max_size << 30, names: NAMES };
+    let source = Source::find(source, image_name.clone(), access, work.path(), limits)?;
     let builder = Builder {
         store: Store::open(to)?,
         format: format.clone(),
-        limits: Limits { entries: *max_entries, bytes: max_size << 30, names: NAMES },
+        limits,
         most_layers: if *flat { 1 } else { arguments.max_layers.into() },
         platform: platform.clone(),
         work,

@@ -54,7 +54,11 @@ impl<R: Read> Members<R> {
                 EntryType::GNULongName => path = Some(name(self.body(size)?)),
                 EntryType::GNULongLink => link = Some(name(self.body(size)?)),
                 _ => {
-                    let member = member(&header, std::mem::take(&mut records), path.take(), link.take())?;
+                    let mut member = member(&header, std::mem::take(&mut records), path.take(), link.take())?;
+                    // They have no data, whatever they say: so it is read by all who unpack layers.
+                    if is_header_alone(member.kind) {
+                        member.size = 0;
+                    }
                     let size = member.size;
                     let mut data = (&mut self.tar).take(size);
                     each(member, &mut data)?;
@@ -104,6 +108,15 @@ impl<R: Read> Members<R> {
         ensure!(skipped == length, "it is cut short");
         Ok(())
     }
+}
+
+fn is_header_alone(kind: EntryType) -> bool {
+    kind.is_hard_link()
+        || kind.is_symlink()
+        || kind.is_dir()
+        || kind.is_character_special()
+        || kind.is_block_special()
+        || kind.is_fifo()
 }
 
 /// What fills the last block.

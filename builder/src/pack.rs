@@ -2,10 +2,10 @@
 
 use std::io::{self, Read, Write};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tar::{Builder, EntryType, Header};
 
-use super::entries::{Attributes, Entry, Kind, Limits, Path};
+use super::entries::{Attributes, Entry, Kind, Limits, Path, shown};
 use super::plan::{Directory, Plan, Survey};
 
 /// By what overlayfs knows an opaque directory (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories"). A whiteout is
@@ -85,7 +85,9 @@ fn append_entry(out: &mut Builder<impl Write>, path: &Path, entry: Entry, data: 
             if is_block { EntryType::Block } else { EntryType::Char }
         }
         Kind::Fifo => EntryType::Fifo,
-        Kind::Directory | Kind::Link(_) | Kind::Whiteout | Kind::Opaque => unreachable!("they are not kept by number"),
+        Kind::Directory | Kind::Link(_) | Kind::Whiteout | Kind::Opaque => {
+            bail!("{}: what lies there changed while it was read", shown(path))
+        }
     };
     new.append(out, path, io::empty())
 }

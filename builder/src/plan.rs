@@ -21,7 +21,8 @@ pub struct Survey {
 enum Found {
     Directory(Attributes),
     File,
-    Link(Path),
+    /// Another name of the entry with this number, which stands before it.
+    Link(Option<usize>),
     Other,
 }
 
@@ -42,7 +43,11 @@ impl Survey {
             }
             Kind::Directory => Found::Directory(attributes),
             Kind::File(_) => Found::File,
-            Kind::Link(to) => Found::Link(to),
+            Kind::Link(to) => Found::Link(match self.entries.get(&to) {
+                Some((file, Found::File | Found::Other)) => Some(*file),
+                Some((_, Found::Link(file))) => *file,
+                Some((_, Found::Directory(_))) | None => None,
+            }),
             Kind::Symlink(_) | Kind::Device { .. } | Kind::Fifo => Found::Other,
         };
         self.entries.insert(path, (number, found));
@@ -62,25 +67,13 @@ impl Survey {
                     Some(_) => bail!("{}: {} is no directory", shown(path), shown(above)),
                 }
             }
-            self.file_of(path)?;
+        }
+        for (path, (_, found)) in &self.entries {
+            if matches!(found, Found::Link(None)) {
+                bail!("{}: a link to no file that this layer has before it", shown(path));
+            }
         }
         Ok(())
-    }
-
-    /// The file that a path is a name of, by its first name.
-    fn file_of<'a>(&'a self, path: &'a Path) -> Result<&'a Path> {
-        let (mut at, mut steps) = (path, 0);
-        while let Some((_, Found::Link(to))) = self.entries.get(at) {
-            let Some((_, found)) = self.entries.get(to) else {
-                bail!("{}: a link to {}, which this layer does not have", shown(path), shown(to));
-            };
-            steps += 1;
-            if matches!(found, Found::Directory(_)) || steps > self.entries.len() {
-                bail!("{}: a link to {}, which is no file", shown(path), shown(to));
-            }
-            at = to;
-        }
-        Ok(at)
     }
 }
 
@@ -173,7 +166,7 @@ impl Plan {
             if is_more && layer.opaque.contains(&Path::new()) {
                 bail!("it hides all of the layers below it, which no directory of an overlay can: see --flat");
             }
-            let kept = plan.add(&layer, &above)?;
+            let kept = plan.add(&layer, &above);
             plan.kept.push(kept);
             above.add(layer);
         }
@@ -182,8 +175,8 @@ impl Plan {
         Ok(plan)
     }
 
-    fn add(&mut self, layer: &Survey, above: &Above) -> Result<HashMap<usize, Path>> {
-        let (mut kept, mut links) = (HashMap::new(), BTreeMap::<_, Vec<_>>::new());
+    fn add(&mut self, layer: &Survey, above: &Above) -> HashMap<usize, Path> {
+        let (mut kept, mut links) = (HashMap::new(), BTreeMap::<usize, Vec<_>>::new());
         for (path, (number, found)) in &layer.entries {
             if !above.shows(path, found) {
                 continue;
@@ -193,18 +186,17 @@ impl Plan {
                     let directory = Directory { attributes: attributes.clone(), is_opaque: false };
                     self.directories.insert(path.clone(), directory);
                 }
-                Found::Link(_) => links.entry(layer.file_of(path)?).or_default().push(path),
+                Found::Link(file) => links.entry(file.expect("it is checked")).or_default().push(path),
                 Found::File | Found::Other => drop(kept.insert(*number, path.clone())),
             }
         }
-        for (file, mut names) in links {
-            let number = layer.entries[file].0;
+        for (number, mut names) in links {
             names.sort();
             // Where its first name is gone, another one is.
             let first = kept.entry(number).or_insert_with(|| names.remove(0).clone()).clone();
             self.links.extend(names.into_iter().map(|name| (name.clone(), first.clone())));
         }
-        Ok(kept)
+        kept
     }
 
     fn complete(&mut self, above: Above, is_more: bool) {
@@ -373,15 +365,23 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_a_name_of_what_stood_there_before_it() {
+        let entries = vec![("a", Kind::File(1)), ("b", Kind::Link(b"a".to_vec())), ("a", Kind::File(2))];
+        let plan = Plan::new(vec![survey(&entries)], false).unwrap();
+        assert_eq!(plan.kept, [[(0, b"b".to_vec()), (2, b"a".to_vec())].into()]);
+        assert!(plan.links.is_empty());
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused() {
         let link = |to: &str| Kind::Link(to.as_bytes().to_vec());
         for (entries, why) in [
             (vec![("a", Kind::File(1)), ("a/b", Kind::File(1))], "/a is no directory"),
             (vec![("a", Kind::Symlink(b"/etc".to_vec())), ("a/b/c", Kind::File(1))], "/a is no directory"),
-            (vec![("a", link("b"))], "does not have"),
-            (vec![("a", link("b")), ("b", link("a"))], "is no file"),
-            (vec![("a", link("a"))], "is no file"),
-            (vec![("a", Kind::Directory), ("b", link("a"))], "is no file"),
+            (vec![("a", link("b"))], "a link to no file"),
+            (vec![("a", link("b")), ("b", link("a"))], "a link to no file"),
+            (vec![("a", link("a"))], "a link to no file"),
+            (vec![("a", Kind::Directory), ("b", link("a"))], "a link to no file"),
             (vec![("", Kind::Opaque)], "see --flat"),
         ] {
             let error = Plan::new(vec![survey(&entries)], true).unwrap_err().to_string();

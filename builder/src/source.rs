@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::directory::Directory;
+use super::entries::Limits;
 use super::image::Blobs;
 use super::layout::Layout;
 use super::pack::Layer;
@@ -21,7 +22,7 @@ pub enum Source {
 impl Source {
     /// `oci://REGISTRY/NAME:TAG`, `oci://REGISTRY/NAME@DIGEST`, a directory, or a tar; the last two may be OCI layouts, of which `image` is the
     /// one of this name.
-    pub fn find(text: &str, image: Option<String>, access: &Access, work: &Path) -> Result<Source> {
+    pub fn find(text: &str, image: Option<String>, access: &Access, work: &Path, limits: Limits) -> Result<Source> {
         if let Some(name) = text.strip_prefix("oci://") {
             return Ok(Source::Image(Box::new(Registry::new(name, access)?)));
         }
@@ -35,7 +36,7 @@ impl Source {
         }
         ensure!(kind.is_file(), "{text} is no directory and no file");
         let tar = TarFile { path: path.to_owned(), is_layer: false, name: text.to_owned() };
-        let layout = Layout::unpack(path, tar.open()?, image, work).with_context(|| format!("read {text}"))?;
+        let layout = Layout::unpack(path, tar.open()?, image, work, limits).with_context(|| format!("read {text}"))?;
         Ok(match layout {
             Some(layout) => Source::Image(Box::new(layout)),
             None => Source::Tree(Box::new(tar)),

@@ -40,8 +40,12 @@ impl Store {
                     let modified = entry.metadata()?.modified()?;
                     Ok(SystemTime::now().duration_since(modified).is_ok_and(|age| age > LEFT))
                 };
-                if is_unfinished && is_left().or_else(unless_gone)? {
-                    fs::remove_file(entry.path()).or_else(unless_gone)?;
+                let is_file = || entry.file_type().is_ok_and(|kind| kind.is_file());
+                if is_unfinished && is_file() && is_left().or_else(unless_gone)? {
+                    // What is somebody else's is in nobody's way.
+                    if let Err(error) = fs::remove_file(entry.path()).or_else(unless_gone::<()>) {
+                        eprintln!("remove {}, which a builder left: {error}", entry.path().display());
+                    }
                 }
             }
             Ok(())
@@ -163,8 +167,9 @@ mod tests {
             let file = File::create(directory.path().join(name)).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age * 60 * 60)).unwrap();
         }
+        fs::create_dir(directory.path().join(".a.new")).unwrap();
         Store::open(directory.path()).unwrap();
-        assert_eq!(names(directory.path()), [".hidden", ".young.new", "image", "image.new"]);
+        assert_eq!(names(directory.path()), [".a.new", ".hidden", ".young.new", "image", "image.new"]);
     }
 
     #[test]
