@@ -1,7 +1,9 @@
 //! A directory, as it is when it is read.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -14,14 +16,24 @@ use rustix::io::Errno;
 use super::entries::{Attributes, Entry, Kind, Limits, Path, is_kept};
 use super::pack::Layer;
 
-pub struct Directory(pub PathBuf);
+pub struct Directory {
+    path: PathBuf,
+    /// What was there when it was read before.
+    seen: Cell<Option<u64>>,
+}
+
+impl Directory {
+    pub fn new(path: &FilePath) -> Self {
+        Directory { path: path.to_owned(), seen: Cell::new(None) }
+    }
+}
 
 impl Layer for Directory {
     fn read(&self, limits: Limits, each: &mut dyn FnMut(Entry, &mut dyn Read) -> Result<()>) -> Result<()> {
-        let (mut left, mut links) = (limits, HashMap::<_, Path>::new());
+        let (mut left, mut links, mut seen) = (limits, HashMap::<_, Path>::new(), DefaultHasher::new());
         let mut paths = vec![Path::new()];
         while let Some(path) = paths.pop() {
-            let file = self.0.join(std::ffi::OsStr::from_bytes(&path));
+            let file = self.path.join(std::ffi::OsStr::from_bytes(&path));
             let context = || format!("read {}", file.display());
             let metadata = fs::symlink_metadata(&file).with_context(context)?;
             let Some(kind) = kind(&file, &metadata).with_context(context)? else {
@@ -29,6 +41,8 @@ impl Layer for Directory {
                 continue;
             };
             left.entry(path.len())?;
+            (&path, metadata.ino(), metadata.mode(), metadata.len(), metadata.ctime(), metadata.ctime_nsec())
+                .hash(&mut seen);
             let names = (metadata.nlink() > 1 && kind != Kind::Directory).then_some((metadata.dev(), metadata.ino()));
             if let Some(first) = names.and_then(|inode| links.get(&inode)) {
                 each(
@@ -65,11 +79,14 @@ impl Layer for Directory {
                 _ => each(Entry { path, kind, attributes }, &mut io::empty())?,
             }
         }
+        let seen = seen.finish();
+        let before = self.seen.replace(Some(seen));
+        ensure!(before.is_none_or(|before| before == seen), "it changed while it was read");
         Ok(())
     }
 
     fn name(&self) -> String {
-        self.0.display().to_string()
+        self.path.display().to_string()
     }
 }
 
@@ -117,4 +134,31 @@ fn names(file: &FilePath) -> Result<Vec<u8>> {
         Err(errno) => return Err(errno.into()),
     }
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_changes_between_two_reads_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a"), "1").unwrap();
+        let read = |tree: &Directory| {
+            let limits = Limits { entries: 10, bytes: 10, names: 100 };
+            let mut paths = Vec::new();
+            tree.read(limits, &mut |entry, _| {
+                paths.push(String::from_utf8(entry.path)?);
+                Ok(())
+            })
+            .map(|()| paths)
+        };
+        let tree = Directory::new(directory.path());
+        for _ in 0..2 {
+            assert_eq!(read(&tree).unwrap(), ["", "a"]);
+        }
+        fs::write(directory.path().join("b"), "2").unwrap();
+        assert!(read(&tree).unwrap_err().to_string().contains("changed while it was read"));
+        assert_eq!(read(&Directory::new(directory.path())).unwrap(), ["", "a", "b"]);
+    }
 }

@@ -32,7 +32,7 @@ impl Source {
             return Ok(Source::Image(Box::new(Layout::open(path, image))));
         }
         if kind.is_dir() {
-            return Ok(Source::Tree(Box::new(Directory(path.to_owned()))));
+            return Ok(Source::Tree(Box::new(Directory::new(path))));
         }
         ensure!(kind.is_file(), "{text} is no directory and no file");
         let tar = TarFile { path: path.to_owned(), is_layer: false, name: text.to_owned() };
