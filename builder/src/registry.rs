@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use oci_client::client::{Certificate, CertificateEncoding, Client, ClientConfig, ClientProtocol};
 use oci_client::manifest::OciDescriptor;
 use oci_client::secrets::RegistryAuth;
-use oci_client::{Reference, manifest};
+use oci_client::{Reference, RegistryOperation, manifest};
 use tokio::runtime::Runtime;
 
 use super::image::Blobs;
@@ -73,6 +73,16 @@ impl Registry {
         Ok(Registry { client, reference, auth, runtime })
     }
 
+    /// Beforehand, as the client makes of an answer that is none a request of nobody, and takes each token for one.
+    fn log_in(&self) -> Result<()> {
+        let registry = self.reference.resolve_registry();
+        let token = self.client.auth(&self.reference, &self.auth, RegistryOperation::Pull);
+        let token = self.runtime.block_on(token).with_context(|| format!("log in to {registry}"))?;
+        let is_one = token.is_none_or(|token| token.bytes().all(|byte| byte.is_ascii_graphic()));
+        ensure!(is_one, "log in to {registry}: the token that it gives is none");
+        Ok(())
+    }
+
     fn pull(&self, reference: &Reference) -> Result<Vec<u8>> {
         let pull = self.client.pull_manifest_raw(reference, &self.auth, MANIFESTS);
         let (bytes, _) = self.runtime.block_on(pull).with_context(|| format!("ask for {reference}"))?;
@@ -124,6 +134,7 @@ impl Blobs for Registry {
     }
 
     fn named(&self) -> Result<Vec<u8>> {
+        self.log_in()?;
         self.pull(&self.reference)
     }
 
