@@ -153,3 +153,47 @@ impl Blobs for Layout {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tar::{Builder, Header};
+
+    const LIMITS: Limits = Limits { entries: 6, bytes: 100, names: 1000 };
+
+    fn tar_of(files: &[&str]) -> Vec<u8> {
+        let mut builder = Builder::new(Vec::new());
+        for file in files {
+            let mut header = Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            header.set_size(20);
+            builder.append_data(&mut header, file, &[b'x'; 20][..]).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn unpack(files: &[&str]) -> Result<Option<Layout>> {
+        let work = tempfile::tempdir().unwrap();
+        Layout::unpack(Path::new("image.tar"), &tar_of(files)[..], None, work.path(), LIMITS)
+    }
+
+    #[test]
+    fn an_archive_is_known_in_whichever_order_it_was_written_and_is_bounded() {
+        let blob = format!("blobs/sha256/{}", "a".repeat(64));
+        for files in [
+            [&blob, "index.json", "manifest.json", "oci-layout"],
+            ["manifest.json", "repositories", "index.json", "oci-layout"],
+            ["./oci-layout", "./index.json", "./readme", &blob],
+        ] {
+            assert!(unpack(&files).unwrap().is_some(), "{files:?}");
+        }
+        for files in [&["usr", "oci-layout"][..], &["manifest.json"], &[]] {
+            assert!(unpack(files).unwrap().is_none(), "{files:?}");
+        }
+        let error = unpack(&["oci-layout", "a", "b", "c", "d", "e"]).err().unwrap();
+        assert!(error.to_string().contains("--max-size"), "{error}");
+    }
+}

@@ -77,9 +77,9 @@ impl Registry {
     fn log_in(&self) -> Result<()> {
         let registry = self.reference.resolve_registry();
         let token = self.client.auth(&self.reference, &self.auth, RegistryOperation::Pull);
-        let token = self.runtime.block_on(token).with_context(|| format!("log in to {registry}"))?;
+        let token = self.runtime.block_on(token).with_context(|| format!("ask {registry} for access"))?;
         let is_one = token.is_none_or(|token| token.bytes().all(|byte| byte.is_ascii_graphic()));
-        ensure!(is_one, "log in to {registry}: the token that it gives is none");
+        ensure!(is_one, "ask {registry} for access: the token that it gives is none");
         Ok(())
     }
 
