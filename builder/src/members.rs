@@ -54,11 +54,7 @@ impl<R: Read> Members<R> {
                 EntryType::GNULongName => path = Some(name(self.body(size)?)),
                 EntryType::GNULongLink => link = Some(name(self.body(size)?)),
                 _ => {
-                    let mut member = member(&header, std::mem::take(&mut records), path.take(), link.take())?;
-                    // They have no data, whatever they say: so it is read by all who unpack layers.
-                    if is_header_alone(member.kind) {
-                        member.size = 0;
-                    }
+                    let member = member(&header, std::mem::take(&mut records), path.take(), link.take())?;
                     let size = member.size;
                     let mut data = (&mut self.tar).take(size);
                     each(member, &mut data)?;
@@ -108,15 +104,6 @@ impl<R: Read> Members<R> {
         ensure!(skipped == length, "it is cut short");
         Ok(())
     }
-}
-
-fn is_header_alone(kind: EntryType) -> bool {
-    kind.is_hard_link()
-        || kind.is_symlink()
-        || kind.is_dir()
-        || kind.is_character_special()
-        || kind.is_block_special()
-        || kind.is_fifo()
 }
 
 /// What fills the last block.
@@ -183,6 +170,11 @@ fn member(
             _ if key.starts_with("GNU.sparse.") => member.is_sparse = true,
             _ => member.extended.extend(key.strip_prefix("SCHILY.xattr.").map(|name| (name.to_owned(), value))),
         }
+    }
+    // They have no data, whatever they say: so it is read by all who unpack layers.
+    use EntryType::{Block, Char, Directory, Fifo, Link, Symlink};
+    if matches!(member.kind, Link | Symlink | Directory | Char | Block | Fifo) {
+        member.size = 0;
     }
     Ok(member)
 }

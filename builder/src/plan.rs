@@ -60,17 +60,15 @@ impl Survey {
                 bail!("{} is no directory", shown(path));
             }
         }
-        for path in self.entries.keys() {
+        for (path, (_, found)) in &self.entries {
+            if matches!(found, Found::Link(None)) {
+                bail!("{}: a link to no file that this layer has before it", shown(path));
+            }
             for above in parents(path) {
                 match self.entries.get(above) {
                     None | Some((_, Found::Directory(_))) => {}
                     Some(_) => bail!("{}: {} is no directory", shown(path), shown(above)),
                 }
-            }
-        }
-        for (path, (_, found)) in &self.entries {
-            if matches!(found, Found::Link(None)) {
-                bail!("{}: a link to no file that this layer has before it", shown(path));
             }
         }
         Ok(())

@@ -37,11 +37,10 @@ impl Store {
                 let is_unfinished =
                     name.to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(UNFINISHED));
                 let is_left = || -> io::Result<bool> {
-                    let modified = entry.metadata()?.modified()?;
-                    Ok(SystemTime::now().duration_since(modified).is_ok_and(|age| age > LEFT))
+                    let (metadata, now) = (entry.metadata()?, SystemTime::now());
+                    Ok(metadata.is_file() && now.duration_since(metadata.modified()?).is_ok_and(|age| age > LEFT))
                 };
-                let is_file = || entry.file_type().is_ok_and(|kind| kind.is_file());
-                if is_unfinished && is_file() && is_left().or_else(unless_gone)? {
+                if is_unfinished && is_left().or_else(unless_gone)? {
                     // What is somebody else's is in nobody's way.
                     if let Err(error) = fs::remove_file(entry.path()).or_else(unless_gone::<()>) {
                         eprintln!("remove {}, which a builder left: {error}", entry.path().display());

@@ -255,10 +255,15 @@ fn a_read_only_publish_of_an_overlay_has_no_scratch_layer() {
     driver.assert_nothing_left();
 }
 
+fn mode_and_owner(path: &Path) -> (u32, u32, u32) {
+    use std::os::unix::fs::MetadataExt;
+    let found = fs::metadata(path).unwrap();
+    (found.mode() & 0o7777, found.uid(), found.gid())
+}
+
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn the_root_of_an_overlay_has_the_owner_and_mode_of_the_image() {
-    use std::os::unix::fs::MetadataExt;
     let tree = Tree::new(&[("file", "content")]);
     run("chmod", &["1777", tree.path().to_str().unwrap()]);
     run("chown", &["1000:2000", tree.path().to_str().unwrap()]);
@@ -266,8 +271,7 @@ fn the_root_of_an_overlay_has_the_owner_and_mode_of_the_image() {
     let driver = Driver::start();
     let lower = [squashfs("owner.sqsh")];
     let volume = Volume::spec("v", &json!({"kind": "overlay", "overlay": {"lower": lower}})).writable();
-    let root = fs::metadata(driver.mount(&volume, "pod").unwrap()).unwrap();
-    assert_eq!((root.mode() & 0o7777, root.uid(), root.gid()), (0o1777, 1000, 2000));
+    assert_eq!(mode_and_owner(&driver.mount(&volume, "pod").unwrap()), (0o1777, 1000, 2000));
     driver.unmount(&volume, "pod");
     driver.assert_nothing_left();
 }
@@ -275,43 +279,36 @@ fn the_root_of_an_overlay_has_the_owner_and_mode_of_the_image() {
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn the_group_of_a_pod_writes_to_the_root_of_a_writable_layer_and_nothing_else_changes() {
-    use std::os::unix::fs::MetadataExt;
     let tree = Tree::new(&[("directory/file", "content")]);
     run("chmod", &["0750", tree.path().to_str().unwrap()]);
     tree.squashfs("/images/group.sqsh");
     let driver = Driver::start();
-    let of = |path: &Path| {
-        let found = fs::metadata(path).unwrap();
-        (found.mode() & 0o7777, found.uid(), found.gid())
-    };
-    for (number, upper) in [
-        json!({"kind": "directory"}),
-        json!({"kind": "directory", "size": "16Mi"}),
-        json!({"kind": "tmpfs", "size": "1Mi"}),
-        json!({"kind": "none"}),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (id, upper) in [
+        ("disk", json!({"kind": "directory"})),
+        ("bounded", json!({"kind": "directory", "size": "16Mi"})),
+        ("memory", json!({"kind": "tmpfs", "size": "1Mi"})),
+        ("none", json!({"kind": "none"})),
+    ] {
+        let is_writable = id != "none";
         let spec = json!({"kind": "overlay", "overlay": {"lower": [squashfs("group.sqsh")], "upper": upper}});
-        let volume = Volume::spec(&format!("v{number}"), &spec).of_group(4000);
-        let volume = if number == 3 { volume } else { volume.writable() };
-        let target = driver.mount(&volume, &volume.id).unwrap();
-        let root = if number == 3 { (0o750, 0, 0) } else { (0o2770, 0, 4000) };
-        assert_eq!(of(&target), root, "{upper}");
-        assert_eq!(of(&target.join("directory")).2, 0, "{upper}");
+        let volume = Volume::spec(id, &spec).of_group(4000);
+        let volume = if is_writable { volume.writable() } else { volume };
+        let target = driver.mount(&volume, id).unwrap();
+        let root = if is_writable { (0o2770, 0, 4000) } else { (0o750, 0, 0) };
+        assert_eq!(mode_and_owner(&target), root, "{id}");
+        assert_eq!(mode_and_owner(&target.join("directory")).2, 0, "{id}");
         // Entered as root: others do not get through the directories above.
         let mut touch = Command::new("setpriv");
         touch.args(["--reuid=1000", "--regid=1000", "--groups=4000", "touch", "new"]).current_dir(&target);
         let written = touch.status().unwrap();
-        assert_eq!(written.success(), number != 3, "{upper}");
-        if number != 3 {
-            let (_, user, group) = of(&target.join("new"));
-            assert_eq!((user, group), (1000, 4000), "{upper}");
+        assert_eq!(written.success(), is_writable, "{id}");
+        if is_writable {
+            let (_, user, group) = mode_and_owner(&target.join("new"));
+            assert_eq!((user, group), (1000, 4000), "{id}");
         }
         // For a kubelet that has started again, as for one that knew no group before.
-        driver.publish(&Volume { group: None, ..volume.clone() }, &volume.id).unwrap();
-        driver.unmount(&volume, &volume.id);
+        driver.publish(&Volume { group: None, ..volume.clone() }, id).unwrap();
+        driver.unmount(&volume, id);
     }
     driver.assert_nothing_left();
 }

@@ -113,8 +113,7 @@ impl Node {
 
     pub fn publication(&self, volume_id: &str, spec: &str, pod: &str) -> Publication {
         let (mount, target) = (self.allowed(spec), self.target(pod));
-        let (volume_id, read_only) = (volume_id.into(), false);
-        Publication { volume_id, target, mount, read_only, namespace: None, group: None, exclusive: false }
+        Publication { volume_id: volume_id.into(), ..Publication::by_hand(target, mount, false) }
     }
 
     pub async fn publish(&self, volume_id: &str, spec: &str, pod: &str) -> Result<PathBuf> {

@@ -24,8 +24,7 @@ fn volume(node: &Node, parameters: &[(&str, &str)]) -> Allowed {
 async fn publish(node: &Node, parameters: &[(&str, &str)], pod: &str) -> crate::error::Result<()> {
     let (mount, target) = (volume(node, parameters), node.target(pod));
     let volume_id = format!("volume of {pod}");
-    let publication =
-        Publication { volume_id, target, mount, read_only: true, namespace: None, group: None, exclusive: false };
+    let publication = Publication { volume_id, ..Publication::by_hand(target, mount, true) };
     node.volumes.publish(publication, false).await
 }
 
@@ -201,15 +200,8 @@ async fn a_staged_index_is_published_without_its_server_with_the_layers_that_it_
     stack(&node, &[("base.sqsh", 4096), ("upper.sqsh", 8192)]);
     let mount = volume(&node, &[INDEX]);
     node.volumes.stage("v", &mount).await.unwrap();
-    let publication = |target| Publication {
-        volume_id: "v".into(),
-        target,
-        mount: mount.clone(),
-        read_only: true,
-        namespace: None,
-        group: None,
-        exclusive: false,
-    };
+    let publication =
+        |target| Publication { volume_id: "v".into(), ..Publication::by_hand(target, mount.clone(), true) };
     node.volumes.publish(publication(node.target("a")), true).await.unwrap();
     let _earlier = std::sync::Arc::clone(&node.volumes);
     node.restart();
@@ -336,15 +328,7 @@ async fn a_staged_volume_is_known_again_on_the_copy_that_it_was_moved_to() {
     let mount = volume(&node, NODE);
     node.volumes.stage("v", &mount).await.unwrap();
     let target = node.target("a");
-    let publication = Publication {
-        volume_id: "v".into(),
-        target: target.clone(),
-        mount,
-        read_only: true,
-        namespace: None,
-        group: None,
-        exclusive: false,
-    };
+    let publication = Publication { volume_id: "v".into(), ..Publication::by_hand(target, mount, true) };
     node.volumes.publish(publication.clone(), true).await.unwrap();
     moved(&node).await;
     let _earlier = std::sync::Arc::clone(&node.volumes);

@@ -35,8 +35,7 @@ async fn publish(node: &Node, image: &str, prefetch: Option<&str>, pod: &str) {
     let all: BTreeMap<_, _> = all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     let mount = node.volumes.allow(parse_attributes(&all, &[]).unwrap(), None).unwrap();
     let (volume_id, target) = (pod.to_owned(), node.target(pod));
-    let publication =
-        Publication { volume_id, target, mount, read_only: true, namespace: None, group: None, exclusive: false };
+    let publication = Publication { volume_id, ..Publication::by_hand(target, mount, true) };
     node.volumes.publish(publication, false).await.unwrap();
 }
 
