@@ -81,13 +81,13 @@ pub struct Mounting {
 #[derive(Args)]
 pub struct CacheDir {
     /// Where copies of images are kept: on a disk of the node [default: the directory "cache" of the data directory]
-    #[arg(long = "cache-dir", env = "CACHE_DIR", value_name = "DIRECTORY")]
-    directory: Option<PathBuf>,
+    #[arg(long, env = "CACHE_DIR", value_name = "DIRECTORY")]
+    cache_dir: Option<PathBuf>,
 }
 
 impl CacheDir {
     pub fn path(&self, data_dir: &Path) -> PathBuf {
-        self.directory.clone().unwrap_or_else(|| data_dir.join("cache"))
+        self.cache_dir.clone().unwrap_or_else(|| data_dir.join("cache"))
     }
 }
 
@@ -97,20 +97,20 @@ pub struct Copying {
     #[command(flatten)]
     pub directory: CacheDir,
     /// How much of the disk copies of images may take, such as 20Gi [default: no image is copied]
-    #[arg(long = "cache-quota", env = "CACHE_QUOTA", value_name = "QUANTITY", value_parser = quantity::bytes)]
-    pub quota: Option<u64>,
+    #[arg(long, env = "CACHE_QUOTA", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    cache_quota: Option<u64>,
     /// How much of the disk they leave free
-    #[arg(long = "cache-min-free", env = "CACHE_MIN_FREE", value_name = "QUANTITY", default_value = "1Gi", value_parser = quantity::bytes)]
-    pub min_free: u64,
+    #[arg(long, env = "CACHE_MIN_FREE", value_name = "QUANTITY", default_value = "1Gi", value_parser = quantity::bytes)]
+    cache_min_free: u64,
     /// The most bytes that one copy reads in a second, such as 100Mi [default: as fast as it goes]
-    #[arg(long = "cache-rate", env = "CACHE_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
-    pub rate: Option<u64>,
+    #[arg(long, env = "CACHE_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    cache_rate: Option<u64>,
     /// How many images are copied at a time
-    #[arg(long = "cache-copies", env = "CACHE_COPIES", value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub copies: u32,
+    #[arg(long, env = "CACHE_COPIES", value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cache_copies: u32,
     /// Copy also the images of volumes that do not say whether
-    #[arg(long = "cache-by-default", env = "CACHE_BY_DEFAULT")]
-    pub by_default: bool,
+    #[arg(long, env = "CACHE_BY_DEFAULT")]
+    cache_by_default: bool,
 }
 
 impl Copying {
@@ -118,10 +118,10 @@ impl Copying {
     pub fn config(&self, data_dir: &Path) -> Option<CacheConfig> {
         Some(CacheConfig {
             directory: self.directory.path(data_dir),
-            bounds: Bounds { quota: self.quota?, min_free: self.min_free },
-            rate: self.rate,
-            copies: self.copies as usize,
-            by_default: self.by_default,
+            bounds: Bounds { quota: self.cache_quota?, min_free: self.cache_min_free },
+            rate: self.cache_rate,
+            copies: self.cache_copies as usize,
+            by_default: self.cache_by_default,
         })
     }
 }
@@ -131,16 +131,16 @@ impl Copying {
 pub struct Prefetching {
     /// How much of images is read into memory ahead of their readers, all together, such as 256Mi: of the memory that the driver's
     /// container may have [default: nothing]
-    #[arg(long = "prefetch-budget", env = "PREFETCH_BUDGET", value_name = "QUANTITY", value_parser = quantity::bytes)]
-    budget: Option<u64>,
+    #[arg(long, env = "PREFETCH_BUDGET", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    prefetch_budget: Option<u64>,
     /// The most bytes of one image that are read ahead in a second, such as 100Mi [default: as fast as it goes]
-    #[arg(long = "prefetch-rate", env = "PREFETCH_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
-    rate: Option<u64>,
+    #[arg(long, env = "PREFETCH_RATE", value_name = "QUANTITY", value_parser = quantity::bytes)]
+    prefetch_rate: Option<u64>,
 }
 
 impl Prefetching {
     pub fn config(&self) -> PrefetchConfig {
-        PrefetchConfig { budget: self.budget.unwrap_or_default(), rate: self.rate }
+        PrefetchConfig { budget: self.prefetch_budget.unwrap_or_default(), rate: self.prefetch_rate }
     }
 }
 
@@ -352,4 +352,39 @@ fn driver_name(name: &str) -> Result<String, String> {
         return Ok(name.to_owned());
     }
     Err("a driver name is a domain name of at most 63 letters, digits, '-' and '.'".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// Two fields of one name in structs that are flattened into one subcommand would be one flag's value for both: clap says so in debug
+    /// builds alone.
+    #[test]
+    fn the_flags_of_a_subcommand_are_fields_of_different_names() {
+        fn look_at(command: &clap::Command) {
+            let fields: Vec<_> = command.get_arguments().map(clap::Arg::get_id).collect();
+            let different: BTreeSet<_> = fields.iter().collect();
+            assert_eq!(different.len(), fields.len(), "{}: {fields:?}", command.get_name());
+            command.get_subcommands().for_each(look_at);
+        }
+        look_at(&Cli::command());
+    }
+
+    #[test]
+    fn copies_and_what_is_read_ahead_have_each_their_own_rate() {
+        let of = |flags: &[&str]| {
+            let flags = ["csi-driver-squashfs", "node", "--node-id=n"].iter().chain(flags).copied();
+            let Command::Node(arguments) = Cli::try_parse_from(flags).unwrap().command else { panic!("not the node") };
+            let copies = arguments.copying.config(Path::new("/data")).unwrap();
+            (copies.rate, arguments.prefetching.config().rate)
+        };
+        assert_eq!(of(&["--cache-quota=1Gi", "--cache-rate=1", "--prefetch-rate=2"]), (Some(1), Some(2)));
+        assert_eq!(of(&["--cache-quota=1Gi", "--prefetch-rate=2"]), (None, Some(2)));
+        assert_eq!(of(&["--cache-quota=1Gi", "--cache-rate=1"]), (Some(1), None));
+    }
 }
