@@ -215,11 +215,11 @@ programs: $(PROGRAMS) target/tools/helm
 kubernetes: $(KUBERNETES) $(RUNC) ## build etcd, containerd, runc and the parts of Kubernetes that tests run (needs Go; first time: eight minutes and 4 GB)
 
 .PHONY: test-controller
-test-controller: kubernetes build
+test-controller: kubernetes target/tools/helm build
 	$(ALONE) e2e/kubernetes/cluster e2e/kubernetes/controller $(BUILT)/csi-driver-squashfs
 
 .PHONY: test-kubernetes
-test-kubernetes: test-controller vm target/tools/helm image builder-image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
+test-kubernetes: test-controller vm image builder-image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm) \
 		--copy $(ARCHIVE) --copy $(BUILDER_ARCHIVE) --copy charts --copy manifests/examples --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)

@@ -217,6 +217,10 @@ pub enum Command {
     Controller {
         #[command(flatten)]
         serve: Serve,
+        /// The Job that makes an image where a claim names a source (YAML), but for its name and what is to be made [default: none are
+        /// made]
+        #[arg(long, env = "BUILD_JOB", value_name = "FILE")]
+        build_job: Option<PathBuf>,
         #[command(flatten)]
         policy: PolicyFile,
     },

@@ -13,6 +13,8 @@ use std::time::Duration;
 use clap::Parser;
 use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
 use csi_driver_squashfs::kernel::{Linux, verity};
+use csi_driver_squashfs::kubernetes::Cluster;
+use csi_driver_squashfs::kubernetes::build::JobTemplate;
 use csi_driver_squashfs::kubernetes::convert::{self, Surroundings};
 use csi_driver_squashfs::kubernetes::registration::{self, Registered};
 use csi_driver_squashfs::ops::doctor::{self, Examined, Verdict};
@@ -53,7 +55,9 @@ async fn run(cli: Cli) -> Outcome {
     let name = &global.driver_name;
     match command {
         Command::Node(arguments) => node(name, arguments).await,
-        Command::Controller { serve, policy } => controller(name, serve, &policy).await,
+        Command::Controller { serve, build_job, policy } => {
+            controller(name, serve, build_job.as_deref(), &policy).await
+        }
         Command::Mount { spec, target, read_only, mounting, policy } => {
             mount(name, &spec, &target, read_only, mounting, &policy).await
         }
@@ -84,7 +88,7 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     let Serve { endpoint, health_address, metrics_address } = serve;
     let policy = Arc::new(read_policy(&policy)?);
     let identity = Identity { driver_name: driver_name.to_owned(), controller, node: true };
-    let controller = controller.then(|| Controller::new(Arc::clone(&policy), driver_name));
+    let controller = controller.then(|| Controller::new(Arc::clone(&policy), Cluster::new(driver_name, None)));
     raise_file_limit();
     for missing in volume::missing().await? {
         tracing::warn!("this node lacks: {missing}");
@@ -117,8 +121,13 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     Ok(())
 }
 
-async fn controller(driver_name: &str, arguments: Serve, policy: &PolicyFile) -> Outcome {
-    let controller = Controller::new(Arc::new(read_policy(policy)?), driver_name);
+async fn controller(driver_name: &str, arguments: Serve, build_job: Option<&Path>, policy: &PolicyFile) -> Outcome {
+    let template = |file: &Path| {
+        let template = JobTemplate::parse(driver_name, &read(file)?);
+        template.map_err(|error| format!("read {}: {error}", file.display()))
+    };
+    let cluster = Cluster::new(driver_name, build_job.map(template).transpose()?);
+    let controller = Controller::new(Arc::new(read_policy(policy)?), cluster);
     let identity = Identity { driver_name: driver_name.to_owned(), controller: true, node: false };
     let stop = stop()?;
     let Serve { endpoint, health_address, metrics_address } = arguments;

@@ -1,6 +1,6 @@
 //! The Controller service: volumes are references to images, so that creating one checks and deleting one forgets.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
 use tonic::{Request, Response};
@@ -14,15 +14,17 @@ use super::v1::{
     controller_service_capability, validate_volume_capabilities_response,
 };
 use crate::error::{Error, Kind, Result};
-use crate::kubernetes::claim::Claims;
+use crate::kubernetes::Cluster;
+use crate::kubernetes::build::Progress;
+use crate::kubernetes::claim::{Claim, Reason};
 use crate::lock::lock;
 use crate::spec::policy::Policy;
-use crate::spec::template;
+use crate::spec::template::{self, Build, Wanted};
 
 /// Creates and validates volumes without touching any NFS server.
 pub struct Controller {
     policy: Arc<Policy>,
-    claims: Claims,
+    cluster: Cluster,
     /// What this process created, by ID: all that tells a repeated request from a conflicting one.
     created: Mutex<HashMap<String, Created>>,
 }
@@ -35,28 +37,65 @@ struct Created {
 }
 
 impl Controller {
-    /// `driver_name` is the domain of the annotation by which a claim names its image.
-    pub fn new(policy: Arc<Policy>, driver_name: &str) -> Self {
-        Controller { policy, claims: Claims::new(driver_name), created: Mutex::default() }
+    pub fn new(policy: Arc<Policy>, cluster: Cluster) -> Self {
+        Controller { policy, cluster, created: Mutex::default() }
     }
 
-    /// Reads the claim where the StorageClass takes the image from it, and tells its author what is wrong.
+    /// Reads the claim where the StorageClass lets it name its image, and tells its author what is wrong.
     async fn create(&self, request: CreateVolumeRequest) -> Result<Volume> {
         let class = template::expand(&request.parameters)?;
-        let claim = match &class.claim {
-            Some(claim) => Some(self.claims.get(&claim.namespace, &claim.name).await?),
-            None => None,
+        let Some(claim) = &class.claim else {
+            let Wanted { context, .. } = class.with_what_is_named(None)?;
+            let volume = self.described(&request, context)?;
+            return self.remember(request, volume);
         };
-        let image = claim.as_ref().and_then(|claim| claim.image.as_deref());
-        let context = class.with_image(self.claims.annotation(), image).map_err(Error::from);
-        let created = context.and_then(|context| self.create_with(request, context.into_iter().collect()));
-        if let (Some(claim), Err(error)) = (&claim, &created) {
-            self.claims.warn(claim, &error.message).await;
+        let claim = self.cluster.claims.get(&claim.namespace, &claim.name).await?;
+        let wanted = class.with_what_is_named(Some(&claim.named)).map_err(Error::from);
+        let described = wanted.and_then(|Wanted { context, build }| Ok((self.described(&request, context)?, build)));
+        let (volume, build) = match described {
+            Ok(described) => described,
+            Err(error) => {
+                self.cluster.claims.tell(&claim, Reason::Refused, &error.message).await;
+                return Err(error);
+            }
+        };
+        if let Some(build) = build {
+            self.build(&build, &claim).await?;
         }
-        created
+        self.remember(request, volume)
     }
 
-    fn create_with(&self, request: CreateVolumeRequest, context: HashMap<String, String>) -> Result<Volume> {
+    /// Has an image made. Until it is there, the answer is one after which external-provisioner asks again.
+    async fn build(&self, build: &Build, claim: &Claim) -> Result<()> {
+        let Cluster { claims, builds } = &self.cluster;
+        let of = format!("the image of {}", build.source);
+        let made = match builds {
+            Some(builds) => builds.make(build).await,
+            None => {
+                let hint = "no images are made in this cluster: set builder.enabled in the chart";
+                Err(Error::new(Kind::FailedPrecondition, hint))
+            }
+        };
+        let is_being_built = |by: &str| Error::new(Kind::Aborted, format!("{of} is being built by {by}"));
+        match made {
+            Ok(Progress::Made) => Ok(()),
+            Ok(Progress::UnderWay(by)) => Err(is_being_built(&by)),
+            Ok(Progress::Begun(job)) => {
+                let begun = is_being_built(&job);
+                claims.tell(claim, Reason::BuildBegun, &begun.message).await;
+                Err(begun)
+            }
+            Err(error) => {
+                let error = error.about(&of);
+                claims.tell(claim, Reason::BuildFailed, &error.message).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The volume that is asked for, if there can be one.
+    fn described(&self, request: &CreateVolumeRequest, context: BTreeMap<String, String>) -> Result<Volume> {
+        let context = context.into_iter().collect();
         let name = required_text("name", &request.name)?;
         if request.volume_content_source.is_some() {
             return Err(invalid("volume_content_source: a volume is a reference to an image and has no other source"));
@@ -71,8 +110,11 @@ impl Controller {
             return Err(Error::new(Kind::OutOfRange, "capacity_range: limit_bytes is less than required_bytes"));
         }
         // An image has the size it has: the size of the claim is given back so that claim and volume bind.
-        let volume =
-            Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context };
+        Ok(Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context })
+    }
+
+    fn remember(&self, request: CreateVolumeRequest, volume: Volume) -> Result<Volume> {
+        let (name, range) = (&volume.volume_id, request.capacity_range.unwrap_or_default());
         let mut created = lock(&self.created);
         match created.get(name) {
             Some(existing) if existing.parameters != request.parameters || existing.capacity != range => {
@@ -82,7 +124,7 @@ impl Controller {
             // Where the answer was lost and the claim names another image since, that is the one.
             _ => {
                 let new = Created { parameters: request.parameters, capacity: range, volume: volume.clone() };
-                created.insert(name.to_owned(), new);
+                created.insert(name.clone(), new);
                 Ok(volume)
             }
         }

@@ -16,6 +16,7 @@ use super::v1::{
     NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ValidateVolumeCapabilitiesRequest, VolumeCapability,
 };
 use super::{Controller, Node};
+use crate::kubernetes::Cluster;
 use crate::spec::policy::Policy;
 use crate::volume::fixture;
 
@@ -211,7 +212,7 @@ async fn a_target_that_is_a_file_is_no_publication_of_ours() {
 
 #[tokio::test]
 async fn a_created_volume_has_the_attributes_of_its_class_and_one_set_of_them() {
-    let controller = Controller::new(Arc::new(Policy::default()), "test.csi.dev");
+    let controller = Controller::new(Arc::new(Policy::default()), Cluster::new("test.csi.dev", None));
     let request = |image: &str| CreateVolumeRequest {
         name: "pvc-1".into(),
         parameters: attributes(&[("server", "nfs"), ("share", "/images"), ("image", image)]),

@@ -4,7 +4,7 @@
 //! and in every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot
 //! climb.
 //!
-//! With `imagesFromClaim`, a path pattern, a claim may name its image itself, by an annotation.
+//! A claim may name its image, or what it is made of, itself, by an annotation: see [`super::naming`].
 //!
 //! Who may write below an export could lead a path elsewhere by a symlink, so that none is followed for a volume whose path a claim
 //! had a say in, unless the class says `symlinks: follow`. The server follows those in the path that is mounted: of a `share`, what
@@ -15,8 +15,10 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::Value;
 
 use super::error::{SpecError, quote};
+use super::naming::{self, Choice, MayName, Named, NamingClaim};
 use super::parameters::{KNOWN, REFUSE, SYMLINKS, canonical};
-use super::{MOUNT_SPEC, json, pattern, text};
+use super::source::Source;
+use super::{MOUNT_SPEC, json, text};
 
 /// The parameter in which external-provisioner passes the claim's namespace.
 const NAMESPACE_PARAMETER: &str = "csi.storage.k8s.io/pvc/namespace";
@@ -31,9 +33,6 @@ const TEMPLATES: [(&str, &str); 3] = [
 /// How a template begins.
 const START: &str = "${";
 
-/// The parameter with the pattern of the images that a claim may name.
-const IMAGES_FROM_CLAIM: &str = "imagesFromClaim";
-
 /// The parameters of a CreateVolume call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Class {
@@ -45,44 +44,46 @@ pub struct Class {
     below: String,
 }
 
-/// A claim that may name its image, and the images that it may name.
+/// What a volume is to be, and of what its image is to be made beforehand.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamingClaim {
-    pub namespace: String,
-    pub name: String,
-    pattern: String,
+pub struct Wanted {
+    pub context: BTreeMap<String, String>,
+    pub build: Option<Build>,
+}
+
+/// An image that is to be in a directory of a share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Build {
+    pub source: Source,
+    pub server: String,
+    pub share: String,
+    /// The directory below the share: empty for the share itself, else a path without `..` or a leading slash.
+    pub directory: String,
 }
 
 impl Class {
-    /// The context with the image that the claim names in `annotation`, or else with the image of the StorageClass.
-    pub fn with_image(mut self, annotation: &str, image: Option<&str>) -> Result<BTreeMap<String, String>, SpecError> {
-        let Some(NamingClaim { pattern, .. }) = &self.claim else { return Ok(self.whole()) };
-        match image {
-            Some(image) => {
-                let path = text::relative(image).map_err(|message| SpecError::invalid(annotation, "", message))?;
-                if !pattern::names_path(pattern, &path) {
-                    let message =
-                        format!("image {} is not allowed by the StorageClass; allowed: {pattern}", quote(image));
-                    return Err(SpecError::denied(annotation, "", message));
-                }
-                self.context.insert("image".into(), path);
-            }
-            None if self.context.contains_key("image") => {}
-            None => {
-                let message = format!(
-                    "the claim names no image: its StorageClass wants it in this annotation; allowed: {pattern}"
-                );
-                return Err(SpecError::invalid(annotation, "", message));
+    /// The volume with the image, or the source of one, that the claim names, or else with the image of the StorageClass. `named` is
+    /// `None` where there is no claim that may name anything.
+    pub fn with_what_is_named(mut self, named: Option<&Named>) -> Result<Wanted, SpecError> {
+        let chosen = match self.claim.as_ref().zip(named) {
+            Some((claim, named)) => claim.choose(named, self.context.contains_key("image"))?,
+            None => Choice::OfTheClass,
+        };
+        let mut build = None;
+        match chosen {
+            Choice::OfTheClass => {}
+            Choice::Image(path) => drop(self.context.insert("image".into(), path)),
+            Choice::Source(source) => {
+                self.context.insert("image".into(), source.image());
+                let of = |name: &str| self.context.get(name).map(|value| value.trim().to_owned()).unwrap_or_default();
+                let directory = self.below.trim_start_matches('/').to_owned();
+                build = Some(Build { source, server: of("server"), share: of("share"), directory });
             }
         }
-        Ok(self.whole())
-    }
-
-    fn whole(mut self) -> BTreeMap<String, String> {
         if let (false, Some(image)) = (self.below.is_empty(), self.context.get_mut("image")) {
             *image = format!("{}/{}", self.below, image.trim_start_matches('/'));
         }
-        self.context
+        Ok(Wanted { context: self.context, build })
     }
 }
 
@@ -109,8 +110,9 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
             Some((*name, value.as_str()))
         })
         .collect();
-    let (mut context, mut pattern, mut templated, mut below) = (BTreeMap::new(), None, false, String::new());
-    let parameters = canonical(parameters, &[KNOWN, &[IMAGES_FROM_CLAIM]].concat())?;
+    let (mut context, mut may_name, mut templated) = (BTreeMap::new(), MayName::default(), false);
+    let mut below = String::new();
+    let parameters = canonical(parameters, &[KNOWN, &naming::PARAMETERS].concat())?;
     let follow = parameters.contains_key(SYMLINKS) && parameters[SYMLINKS] != REFUSE;
     for (name, mut value) in parameters {
         templated |= value.contains(START);
@@ -121,9 +123,9 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
             value = share.to_owned();
         }
         let value = match name {
-            IMAGES_FROM_CLAIM => {
+            _ if naming::PARAMETERS.contains(&name) => {
                 check_stars(&value).map_err(|message| SpecError::invalid(name, "", message))?;
-                pattern = Some(replaced(&value)?);
+                may_name.read(name, &replaced(&value)?)?;
                 continue;
             }
             MOUNT_SPEC => expand_json(&value, &values, follow)?,
@@ -136,28 +138,12 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         };
         context.insert(name.to_owned(), value);
     }
-    let claim = pattern.map(|pattern| naming_claim(pattern, &context, &values)).transpose()?;
+    let known = values.get("pvc.metadata.namespace").zip(values.get("pvc.metadata.name"));
+    let claim = may_name.by(known.map(|(namespace, name)| (*namespace, *name)), context.contains_key(MOUNT_SPEC))?;
     if claim.is_some() || templated {
         context.entry(SYMLINKS.to_owned()).or_insert_with(|| REFUSE.to_owned());
     }
     Ok(Class { context, claim, below })
-}
-
-fn naming_claim(
-    pattern: String,
-    context: &BTreeMap<String, String>,
-    values: &Values,
-) -> Result<NamingClaim, SpecError> {
-    let invalid = |message: &str| SpecError::invalid(IMAGES_FROM_CLAIM, "", message);
-    if context.contains_key(MOUNT_SPEC) {
-        return Err(invalid("stands beside \"mountSpec\": it is for the flat form, with server and share"));
-    }
-    text::relative(&pattern).map_err(|message| invalid(&message))?;
-    let claim = (values.get("pvc.metadata.namespace"), values.get("pvc.metadata.name"));
-    let (Some(namespace), Some(name)) = claim else {
-        return Err(invalid("external-provisioner names the claim only with --extra-create-metadata"));
-    };
-    Ok(NamingClaim { namespace: (*namespace).to_owned(), name: (*name).to_owned(), pattern })
 }
 
 /// From a template's name to its value.
@@ -252,7 +238,7 @@ mod tests {
     }
 
     fn expanded(pairs: &[(&str, &str)]) -> Result<BTreeMap<String, String>, SpecError> {
-        class(pairs)?.with_image("driver/image", None)
+        Ok(class(pairs)?.with_what_is_named(None)?.context)
     }
 
     const NAME: (&str, &str) = ("csi.storage.k8s.io/pvc/name", "data");
@@ -275,37 +261,6 @@ mod tests {
             [("image", "team/pvc-1/data.sqsh"), ("server", "nfs"), ("share", "/images"), ("symlinks", "refuse")];
         let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
         assert_eq!(context, BTreeMap::from(expected));
-    }
-
-    #[test]
-    fn a_claim_names_an_image_that_its_class_allows() {
-        let named = |pattern: &str, image: Option<&str>, default: &[(&str, &str)]| {
-            let pairs = [&[("imagesfromclaim", pattern), NAME, NAMESPACE], default].concat();
-            let context = class(&pairs)?.with_image("driver/image", image)?;
-            Ok::<_, SpecError>(context["image"].clone())
-        };
-        let default = [("image", "default.sqsh")];
-        assert_eq!(named("torch-*.sqsh", Some("torch-2.sqsh"), &[]).unwrap(), "torch-2.sqsh");
-        assert_eq!(named("*.sqsh", Some("/a.sqsh"), &default).unwrap(), "a.sqsh");
-        assert_eq!(named("${pvc.metadata.namespace}/*", Some("team/a"), &[]).unwrap(), "team/a");
-        assert_eq!(named("*", None, &default).unwrap(), "default.sqsh");
-        for (pattern, image, message) in [
-            ("*.sqsh", Some("a/b.sqsh"), "driver/image: image \"a/b.sqsh\" is not allowed"),
-            ("${pvc.metadata.namespace}/*", Some("other/a"), "allowed: team/*"),
-            ("*/*", Some("a/.."), "driver/image: "),
-            ("*", Some("${pvc.metadata.name}"), "templates are expanded only in the parameters"),
-            ("*", None, "the claim names no image"),
-            ("../*", None, "imagesFromClaim: "),
-            ("${pvc.metadata.namespace}-*", Some("team-a"), "\"*\" in one component"),
-            ("*${pvc.metadata.namespace}.sqsh", Some("a-team.sqsh"), "\"*\" in one component"),
-            ("${pvc.metadata.namespace}-${pvc.metadata.name}", Some("team-data"), "two templates in one component"),
-        ] {
-            let error = named(pattern, image, &[]).unwrap_err().to_string();
-            assert!(error.contains(message), "{error}");
-        }
-        let spec = r#"{"kind":"nfs","nfs":{"host":"a","path":"/b"}}"#;
-        class(&[("imagesFromClaim", "*"), ("mountSpec", spec), NAME, NAMESPACE]).unwrap_err();
-        class(&[("imagesFromClaim", "*"), NAME]).unwrap_err();
     }
 
     #[test]
@@ -336,7 +291,8 @@ mod tests {
         assert_eq!(paths(&format!("/{namespace}"), &[]), "/ team/i.sqsh");
         assert_eq!(paths(&format!("/a/{namespace}"), &[("symlinks", "follow")]), "/a/team /i.sqsh");
         let claim = [("imagesFromClaim", "*"), ("share", &format!("/a/{namespace}")), NAME, NAMESPACE];
-        let context = class(&claim).unwrap().with_image("driver/image", Some("mine.sqsh")).unwrap();
+        let mine = Named::read("driver", |name| (name == "driver/image").then(|| "mine.sqsh".to_owned()));
+        let context = class(&claim).unwrap().with_what_is_named(Some(&mine)).unwrap().context;
         assert_eq!((context["share"].as_str(), context["image"].as_str()), ("/a", "team/mine.sqsh"));
     }
 

@@ -101,11 +101,14 @@ true
 {{- end }}
 {{- end -}}
 
-{{/* The policy is read once, at the start: another policy is another pod. */}}
+{{/* The policy is read once, at the start: another policy is another pod. The same holds for the controller's template of Jobs. */}}
 {{- define "squashfs.podAnnotations" -}}
 {{- $annotations := deepCopy (index .root.Values .component "podAnnotations") -}}
 {{- with .root.Values.policy -}}
 {{- $_ := set $annotations "checksum/policy" (toYaml . | sha256sum) -}}
+{{- end -}}
+{{- if and .root.Values.builder.enabled (eq .component "controller") -}}
+{{- $_ := set $annotations "checksum/build-job" (include "squashfs.buildJob" .root | sha256sum) -}}
 {{- end -}}
 {{- with $annotations -}}
 annotations:
@@ -144,6 +147,103 @@ annotations:
 {{- fail (printf "%v is no quantity that can be added to another: write it as 64Mi" .) -}}
 {{- end -}}
 {{- mulf (float64 $number) (get $factors $unit) | int64 -}}
+{{- end -}}
+
+{{- define "squashfs.builderNamespace" -}}
+{{- .Values.builder.namespace | default .Release.Namespace -}}
+{{- end -}}
+
+{{/* The Job that makes an image, but for its name, what is to be made, and the share. */}}
+{{- define "squashfs.buildJob" -}}
+{{- $volumes := list -}}
+{{- range .Values.builder.extraVolumes }}{{ $volumes = append $volumes .name }}{{ end -}}
+apiVersion: batch/v1
+kind: Job
+metadata:
+  namespace: {{ include "squashfs.builderNamespace" . }}
+  labels:
+    {{- include "squashfs.labels" (dict "root" $ "component" "builder") | nindent 4 }}
+spec:
+  backoffLimit: {{ .Values.builder.backoffLimit }}
+  activeDeadlineSeconds: {{ .Values.builder.activeDeadlineSeconds }}
+  ttlSecondsAfterFinished: {{ .Values.builder.ttlSecondsAfterFinished }}
+  template:
+    metadata:
+      labels:
+        {{- include "squashfs.labels" (dict "root" $ "component" "builder" "extra" .Values.builder.podLabels) | nindent 8 }}
+      {{- with .Values.builder.podAnnotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+    spec:
+      restartPolicy: Never
+      {{- with .Values.serviceAccount.builder }}
+      serviceAccountName: {{ . }}
+      {{- end }}
+      automountServiceAccountToken: false
+      {{- with .Values.builder.priorityClassName }}
+      priorityClassName: {{ . }}
+      {{- end }}
+      nodeSelector:
+        {{- merge (dict "kubernetes.io/os" "linux") .Values.builder.nodeSelector | toYaml | nindent 8 }}
+      {{- with .Values.builder.affinity }}
+      affinity:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with .Values.builder.tolerations }}
+      tolerations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with .Values.imagePullSecrets }}
+      imagePullSecrets:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      containers:
+        - name: build
+          image: {{ include "squashfs.image" (dict "root" $ "image" .Values.image.builder) }}
+          imagePullPolicy: {{ .Values.image.builder.pullPolicy }}
+          # The reason of a failure becomes an event of the claim.
+          terminationMessagePolicy: FallbackToLogsOnError
+          args:
+            - --work=/work
+            {{- if .Values.builder.registrySecret }}
+            - --authfile=/etc/registry/.dockerconfigjson
+            {{- end }}
+            {{- with .Values.builder.extraArgs }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
+          {{- with .Values.builder.extraEnv }}
+          env:
+            {{- toYaml . | nindent 12 }}
+          {{- end }}
+          securityContext:
+            {{- include "squashfs.securityContext" .Values.builder.securityContext | nindent 12 }}
+          resources:
+            {{- toYaml .Values.builder.resources | nindent 12 }}
+          volumeMounts:
+            - name: work
+              mountPath: /work
+            {{- if .Values.builder.registrySecret }}
+            - name: registry
+              mountPath: /etc/registry
+              readOnly: true
+            {{- end }}
+            {{- with .Values.builder.extraVolumeMounts }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
+      volumes:
+        {{- if not (has "work" $volumes) }}
+        - name: work
+          emptyDir: {}
+        {{- end }}
+        {{- with .Values.builder.registrySecret }}
+        - name: registry
+          secret:
+            secretName: {{ . }}
+        {{- end }}
+        {{- with .Values.builder.extraVolumes }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
 {{- end -}}
 
 {{/* What is read ahead on a node is of the memory of the driver's container. */}}
