@@ -111,9 +111,22 @@ impl Builder {
             layers.push(file);
         }
         let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
-        let text = serde_json::to_string_pretty(&stack).context("write the stack")? + "\n";
-        self.store.write(&format!("{name}.json"), &text)?;
+        self.keep(&name, &stack)?;
         Ok(Built::Stack { name, stack })
+    }
+
+    /// What is there by this name must be the same image, but may have come from another registry.
+    fn keep(&self, name: &str, stack: &Stack) -> Result<()> {
+        let file = format!("{name}.json");
+        let text = serde_json::to_string_pretty(stack).context("write the stack")? + "\n";
+        if self.store.make(&file, |new| Ok(fs::write(new, text)?))? == Made::Before {
+            let path = self.store.path(&file);
+            let there = || Ok::<Stack, anyhow::Error>(serde_json::from_slice(&fs::read(&path)?)?);
+            let there = there().with_context(|| format!("read {}", path.display()))?;
+            let is_same = there.layers == stack.layers && there.verity == stack.verity;
+            ensure!(is_same, "{} is there, and says something else: choose another --name", path.display());
+        }
+        Ok(())
     }
 
     fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {

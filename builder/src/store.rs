@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 /// The end of what is not complete. It begins with a dot.
 const UNFINISHED: &str = ".new";
@@ -83,15 +83,6 @@ impl Store {
             .with_context(|| format!("write {}", directory.display()))?;
         Ok(made)
     }
-
-    /// Gives a text this name; another one by that name is an error.
-    pub fn write(&self, name: &str, text: &str) -> Result<Made> {
-        let made = self.make(name, |new| fs::write(new, text).with_context(|| format!("write {}", new.display())))?;
-        let path = self.path(name);
-        let there = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        ensure!(there == text, "{} is there, and says something else: choose another --name", path.display());
-        Ok(made)
-    }
 }
 
 /// A file cannot replace another by link(2), and can by rename(2), which is for file systems without links.
@@ -154,9 +145,6 @@ mod tests {
         assert_eq!(store.make("a", |_| bail!("it is not made again")).unwrap(), Made::Before);
         assert_eq!(fs::read_to_string(store.path("a")).unwrap(), "the first");
         assert_eq!(names(directory.path()), ["a", "b"]);
-        assert_eq!(store.write("c", "c").unwrap(), Made::Now);
-        assert_eq!(store.write("c", "c").unwrap(), Made::Before);
-        store.write("c", "d").unwrap_err();
     }
 
     #[test]

@@ -29,6 +29,21 @@ pub fn spec_of(context: &HashMap<String, String>, capability: &VolumeCapability)
     Ok(parsed)
 }
 
+/// Where a volume names what its image was made of, and that is not there, what would make it: nodes make none.
+pub fn with_source(error: Error, context: &HashMap<String, String>) -> Error {
+    match parameters::source_of(context) {
+        Some(source) if error.kind == Kind::NotFound => {
+            let name = source.image_name();
+            let make = format!("csi-driver-squashfs-build {source} --name {name} --to DIRECTORY");
+            Error::new(
+                Kind::NotFound,
+                format!("{error}: where the share is mounted as DIRECTORY, this makes it: {make}"),
+            )
+        }
+        _ => error,
+    }
+}
+
 /// A PersistentVolume's `fsType`, or that of a StorageClass, may repeat what the attributes say, and not contradict it.
 fn check_fs_type(mount: &Mount, fs_type: &str) -> Result<()> {
     let known = mount.fs_types();

@@ -7,7 +7,7 @@ use tonic::{Request, Response};
 
 use super::capability::{
     check_access_mode, group_of, is_ephemeral, is_single_writer, pod_of, required, required_path, required_text,
-    spec_of,
+    spec_of, with_source,
 };
 use super::status::{Answer, answer};
 use super::v1::volume_usage::Unit;
@@ -38,7 +38,8 @@ impl node_server::Node for Node {
             let capability = required(request.volume_capability)?;
             let mount = self.volumes.allow(spec_of(&request.volume_context, &capability)?, None)?;
             check_access_mode(&mount, &capability, is_ephemeral(&request.volume_context))?;
-            self.volumes.stage(id, &mount).await?;
+            let staged = self.volumes.stage(id, &mount).await;
+            staged.map_err(|error| with_source(error, &request.volume_context))?;
             Ok(NodeStageVolumeResponse {})
         })
         .await
@@ -90,7 +91,8 @@ impl node_server::Node for Node {
             let exclusive = !ephemeral && is_single_writer(&capability);
             let (read_only, group) = (request.readonly, group_of(&capability)?);
             let publication = Publication { volume_id, target, mount, read_only, namespace, group, exclusive };
-            self.volumes.publish(publication, !ephemeral).await?;
+            let published = self.volumes.publish(publication, !ephemeral).await;
+            published.map_err(|error| with_source(error, &request.volume_context))?;
             Ok(NodePublishVolumeResponse {})
         })
         .await

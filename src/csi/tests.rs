@@ -188,6 +188,12 @@ async fn a_missing_image_is_not_found_and_a_silent_server_unavailable() {
         request
     };
     assert_eq!(code(service.stage(with("image", "absent.sqsh")).await), Code::NotFound);
+    let source = format!("oci://registry.example.com/tools@sha256:{}", "0".repeat(64));
+    let mut of_source = with("source", &source);
+    of_source.volume_context.remove("image");
+    let error = service.stage(of_source).await.unwrap_err();
+    let make = format!("csi-driver-squashfs-build {source} --name sha256-{} --to DIRECTORY", "0".repeat(64));
+    assert!(error.code() == Code::NotFound && error.message().contains(&make), "{error}");
     assert_eq!(code(service.stage(with("nfsOptions", "port=1")).await), Code::Unavailable);
     assert_eq!(code(service.stage(with("fsType", "erofs")).await), Code::FailedPrecondition);
 }

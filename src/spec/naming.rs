@@ -221,8 +221,8 @@ mod tests {
             (&both, Some("a.sqsh"), Some(&source), "the one or the other"),
             (&[("imagesFromClaim", "*")], None, Some(&source), "is not allowed by the StorageClass; allowed: *"),
             (&[("imagesFromSource", "*")], None, Some(&source), "imagesFromSource: \"*\" is no pattern"),
-            (&[("imagesFromSource", "oci://a/${pvc.metadata.name}*")], None, None, "in one component"),
-            (&[("imagesFromSource", "oci://a/*"), ("mountSpec", "{}")], None, None, "mountSpec"),
+            (&[("imagesFromSource", "oci://a.b/${pvc.metadata.name}*")], None, None, "in one component"),
+            (&[("imagesFromSource", "oci://a.b/*"), ("mountSpec", "{}")], None, None, "mountSpec"),
         ] {
             let error = wanted(class, image, source).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");

@@ -7,6 +7,7 @@ use super::error::{SpecError, unknown};
 use super::image_parameters::{CACHE, DIGEST, ImageParameters, PREFETCH, VERITY};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
+use super::source::Source;
 use super::{
     Attach, Base, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json,
     options, quantity, text,
@@ -17,12 +18,16 @@ pub(super) const SYMLINKS: &str = "symlinks";
 /// Its value for a volume whose path others than the admin had a say in.
 pub(super) const REFUSE: &str = "refuse";
 
+/// The parameter that names a container image in place of the image that was made of it.
+pub(super) const SOURCE: &str = "source";
+
 /// Every parameter, in the spelling that is documented. Other spellings that differ only in case are understood.
 pub(super) const KNOWN: &[&str] = &[
     MOUNT_SPEC,
     "server",
     "share",
     "image",
+    SOURCE,
     "fsType",
     "nfsVersion",
     "nfsOptions",
@@ -36,13 +41,15 @@ pub(super) const KNOWN: &[&str] = &[
     mount_options::PARAMETER,
 ];
 
+pub(super) const BESIDE_IMAGE: &str = "stands beside \"image\": a volume names the one or the other";
+
 /// What Kubernetes and its sidecars put beside our parameters.
 const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 
 /// Reads a volume's attributes and mount options. `attributes` is a map of strings, by reference.
 ///
-/// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required),
-/// `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
+/// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required, or else `source`, the
+/// container image that it was made of), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
 /// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
@@ -98,8 +105,12 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         let missing = "is required: the flat form needs server, share and image; else use \"mountSpec\"";
         get(name).filter(|value| !value.is_empty()).ok_or_else(|| invalid(name, missing))
     };
-    let (server, share, image) = (need("server")?, need("share")?, need("image")?);
-    let image = text::relative(image).map_err(at("image"))?;
+    let (server, share) = (need("server")?, need("share")?);
+    let image = match (get("image"), get(SOURCE)) {
+        (Some(_), Some(_)) => return Err(invalid(SOURCE, BESIDE_IMAGE)),
+        (None, Some(source)) => Source::parse(source).map_err(at(SOURCE))?.image(),
+        _ => text::relative(need("image")?).map_err(at("image"))?,
+    };
     if image.is_empty() {
         return Err(invalid("image", "names no file: the path of the image below the share"));
     }
@@ -124,6 +135,12 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
     };
     Ok(Parsed::new(mount, Vec::new(), Form::Flat))
+}
+
+/// The container image by which a volume with these attributes names its image.
+pub fn source_of<'a>(attributes: impl IntoIterator<Item = (&'a String, &'a String)>) -> Option<Source> {
+    let (_, source) = attributes.into_iter().find(|(key, _)| key.eq_ignore_ascii_case(SOURCE))?;
+    Source::parse(source.trim()).ok()
 }
 
 fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {

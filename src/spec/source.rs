@@ -77,9 +77,13 @@ pub(super) fn check_pattern(pattern: &str) -> Result<(), String> {
     }
 }
 
-/// A host with or without a port. No IPv6 address, whose colons some tools read otherwise.
+/// A host with or without a port: by its dot or its port it differs from a name on Docker Hub, as which other tools would read it. No IPv6
+/// address, whose colons some of them read otherwise.
 fn is_registry(text: &str) -> bool {
     let (host, port) = text.split_once(':').unwrap_or((text, "443"));
+    if host == text && !text.contains('.') {
+        return false;
+    }
     let is_known = |byte: u8| byte.is_ascii_alphanumeric() || b".-".contains(&byte);
     let is_host =
         !host.is_empty() && !host.starts_with(['.', '-']) && !host.contains("..") && host.bytes().all(is_known);
@@ -111,7 +115,7 @@ mod tests {
         for (text, why) in [
             ("tools.sqsh".to_owned(), "a container image in a registry"),
             ("docker://a/b".to_owned(), "a container image in a registry"),
-            ("oci://a/b:1".to_owned(), "named by its digest"),
+            ("oci://a.example/b:1".to_owned(), "named by its digest"),
             (format!("oci://a/b@sha256:{}", &DIGEST[1..]), "64 hexadecimal digits"),
             (format!("oci://a/b@sha256:{}", DIGEST.to_uppercase()), "64 hexadecimal digits"),
             (format!("oci://b@sha256:{DIGEST}"), "of a registry and of a repository"),
@@ -121,7 +125,8 @@ mod tests {
             assert!(error.contains(why), "{error}");
         }
         for name in [
-            "a/b:1", "a/B", "a//b", "a/b/", "/b", "a/..", "a/.b", "a b/c", "-a/b", "a:x/b", "[::1]/b", "a@b/c", "a/b\n",
+            "a.b/c:1", "a.b/C", "a.b//c", "a.b/c/", "/c", "a.b/..", "a.b/.c", "a b/c", "-a.b/c", "a:x/b", "[::1]/b",
+            "a.b@c/d", "a.b/c\n", "a/b", "a..b/c",
         ] {
             Source::parse(&format!("oci://{name}@sha256:{DIGEST}")).unwrap_err();
         }
@@ -142,14 +147,14 @@ mod tests {
         }
         assert!(source.is_named_by(&["oci://a/b".to_owned(), "oci://registry.example.com:5000/team/t*".to_owned()]));
         check_pattern("oci://a:5000/*").unwrap();
-        for pattern in ["", "*", "oci://*/a", "oci://a", "oci://*.example.com/a", "https://a/b"] {
+        for pattern in ["", "*", "oci://*/a", "oci://a", "oci://*.example.com/a", "https://a.b/c", "oci://a/b"] {
             check_pattern(pattern).unwrap_err();
         }
     }
 
     proptest! {
         #[test]
-        fn whatever_is_taken_for_a_source_is_one_word_without_a_way_up(name in "[a-zA-Z0-9./:@_ -]{0,20}") {
+        fn whatever_is_taken_for_a_source_is_one_word_without_a_way_up(name in "([a-z.]{3}/)?[a-zA-Z0-9./:@_ -]{0,20}") {
             if let Ok(source) = Source::parse(&format!("oci://{name}@sha256:{DIGEST}")) {
                 let text = source.to_string();
                 prop_assert!(!text.contains("..") && !text.contains(' ') && text.matches('@').count() == 1, "{text}");

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::error::{SpecError, quote};
 use super::naming::{self, Choice, MayName, Named, NamingClaim};
-use super::parameters::{KNOWN, REFUSE, SYMLINKS, canonical};
+use super::parameters::{BESIDE_IMAGE, KNOWN, REFUSE, SOURCE, SYMLINKS, canonical};
 use super::source::Source;
 use super::{MOUNT_SPEC, json, text};
 
@@ -126,6 +126,13 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
             _ if naming::PARAMETERS.contains(&name) => {
                 check_stars(&value).map_err(|message| SpecError::invalid(name, "", message))?;
                 may_name.read(name, &replaced(&value)?)?;
+                continue;
+            }
+            SOURCE => {
+                let source = Source::parse(value.trim()).map_err(|message| SpecError::invalid(SOURCE, "", message))?;
+                if context.insert("image".to_owned(), source.image()).is_some() {
+                    return Err(SpecError::invalid(SOURCE, "", BESIDE_IMAGE));
+                }
                 continue;
             }
             MOUNT_SPEC => expand_json(&value, &values, follow)?,
@@ -294,6 +301,17 @@ mod tests {
         let mine = Named::read("driver", |name| (name == "driver/image").then(|| "mine.sqsh".to_owned()));
         let context = class(&claim).unwrap().with_what_is_named(Some(&mine)).unwrap().context;
         assert_eq!((context["share"].as_str(), context["image"].as_str()), ("/a", "team/mine.sqsh"));
+    }
+
+    #[test]
+    fn a_class_may_name_a_source_in_place_of_an_image() {
+        let source = format!("oci://a.example/b@sha256:{}", "0".repeat(64));
+        let of = [("share", "/a/${pvc.metadata.namespace}"), ("source", &*source), NAMESPACE];
+        let wanted = class(&of).unwrap().with_what_is_named(None).unwrap();
+        assert_eq!(wanted.context["image"], format!("team/sha256-{}.json", "0".repeat(64)));
+        assert_eq!((wanted.context.get("source"), wanted.build), (None, None));
+        let error = class(&[&of[..], &[("image", "a")]].concat()).unwrap_err();
+        assert_eq!((error.parameter.as_str(), error.message.as_str()), ("source", BESIDE_IMAGE));
     }
 
     #[test]

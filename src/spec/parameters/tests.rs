@@ -28,6 +28,16 @@ fn the_flat_form_is_an_image_on_an_export() {
 }
 
 #[test]
+fn a_source_is_the_index_that_is_named_by_its_digest() {
+    let digits = "0".repeat(64);
+    let (source, index) = (format!("oci://a.example/b@sha256:{digits}"), format!("sha256-{digits}.json"));
+    let by_source = read(&[("server", "nfs"), ("share", "/images"), ("source", &source)], &[]).unwrap();
+    assert_eq!(by_source.mount(), flat_with(&[("image", &index)], &[]).unwrap().mount());
+    let error = read(&[("server", "nfs"), ("share", "/images"), ("source", "oci://a.example/b:1")], &[]).unwrap_err();
+    assert_eq!(error.parameter, "source");
+}
+
+#[test]
 fn every_flat_parameter_has_its_effect() {
     let more = [
         ("fsType", "erofs"),
@@ -121,6 +131,7 @@ fn bad_flat_values_are_told_with_the_parameter() {
         (&[("overlaySize", "1Mi"), ("overlay", "directory")], "at least 16Mi"),
         (&[("overlaySize", "0"), ("overlay", "tmpfs")], "not a size"),
         (&[("mountOptions", "rw")], "cannot be set"),
+        (&[("source", "oci://a.example/b")], "beside \"image\""),
     ] {
         let error = flat_with(more, &[]).unwrap_err();
         assert_eq!(error.parameter, more[0].0, "{error}");
