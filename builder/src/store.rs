@@ -1,23 +1,34 @@
 //! The directory that images are written to: an export of an NFS server, mounted where they are made.
 //!
 //! A file has its name when it is complete and on the server's disk, and never changes from then on: who makes the same one meanwhile
-//! leaves the first, which nodes may have open. Nobody waits for anybody, and nothing is locked.
+//! leaves the first, which nodes may have open. Nobody who reads waits for anybody. Who would make what another is making waits for that, so
+//! that no layer is fetched twice: each locks its file by flock(2), which NFS tells the server, and the lock goes with its process. Where
+//! locks are not known, or the other takes too long, both make the file.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use tempfile::NamedTempFile;
 
 /// The end of what is not complete. It begins with a dot.
 const UNFINISHED: &str = ".new";
 /// How long nothing is written to such a file until it is taken for that of a builder that has died.
 const LEFT: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long one who makes a file is waited for, and how often it is asked whether he is done.
+const PATIENCE: Duration = Duration::from_secs(60 * 60);
+const ASKED: Duration = Duration::from_millis(500);
 
 pub struct Store {
     directory: PathBuf,
+    patience: Duration,
 }
 
 /// Whether a file was made.
@@ -50,7 +61,7 @@ impl Store {
             Ok(())
         };
         sweep().with_context(|| format!("look into {}", directory.display()))?;
-        Ok(Store { directory: directory.to_owned() })
+        Ok(Store { directory: directory.to_owned(), patience: PATIENCE })
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -64,24 +75,71 @@ impl Store {
 
     /// Gives the file that `make` makes this name, unless there is one by now.
     pub fn make(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<Made> {
-        if self.has(name)? {
-            return Ok(Made::Before);
-        }
         let (directory, path) = (&self.directory, self.path(name));
-        let new = tempfile::Builder::new().prefix(&format!(".{name}.")).suffix(UNFINISHED).tempfile_in(directory);
-        // A name that nobody else has, on whichever machine he is. It goes with the value.
-        let new = new.with_context(|| format!("write into {}", directory.display()))?.into_temp_path();
-        make(&new)?;
+        let Some(begun) = self.begin(name)? else { return Ok(Made::Before) };
+        let new = begun.path();
+        make(new)?;
         let on_disk = || -> io::Result<()> {
-            fs::set_permissions(&new, Permissions::from_mode(0o644))?;
-            File::open(&new)?.sync_all()
+            fs::set_permissions(new, Permissions::from_mode(0o644))?;
+            File::open(new)?.sync_all()
         };
         on_disk().with_context(|| format!("write {}", new.display()))?;
-        let made = name_it(&new, &path).with_context(|| format!("make {}", path.display()))?;
+        let made = name_it(new, &path).with_context(|| format!("make {}", path.display()))?;
         File::open(directory)
             .and_then(|directory| directory.sync_all())
             .with_context(|| format!("write {}", directory.display()))?;
         Ok(made)
+    }
+
+    /// A file that will have this name, which goes with the value; `None` where there is one by now.
+    fn begin(&self, name: &str) -> Result<Option<NamedTempFile>> {
+        let (prefix, start) = (format!(".{name}."), Instant::now());
+        let (write, look) = (
+            || format!("write into {}", self.directory.display()),
+            || format!("look whether another makes {name} in {}", self.directory.display()),
+        );
+        let mut is_told = false;
+        loop {
+            if self.has(name)? {
+                return Ok(None);
+            }
+            let has_patience = start.elapsed() < self.patience;
+            if !has_patience || self.makers(&prefix).with_context(look)?.is_empty() {
+                // A name that nobody else has, on whichever machine he is.
+                let new = tempfile::Builder::new().prefix(&prefix).suffix(UNFINISHED).tempfile_in(&self.directory);
+                let new = new.with_context(write)?;
+                // Nobody waits for one that cannot be locked.
+                let _ = flock(new.as_file(), FlockOperation::NonBlockingLockExclusive);
+                let mine = new.path().file_name();
+                // Of those who begin at once, the first by its name goes on.
+                if !has_patience || self.makers(&prefix).with_context(look)?.iter().all(|other| mine <= Some(other)) {
+                    return Ok(Some(new));
+                }
+            }
+            if !std::mem::replace(&mut is_told, true) {
+                eprintln!("{name}: another makes it");
+            }
+            sleep(ASKED);
+        }
+    }
+
+    /// The unfinished files that begin like this and that a living process makes.
+    fn makers(&self, prefix: &str) -> io::Result<Vec<OsString>> {
+        let mut makers = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let is_of = |name: &str| name.starts_with(prefix) && name.ends_with(UNFINISHED);
+            if !name.to_str().is_some_and(is_of) {
+                continue;
+            }
+            // One that is gone, or another's, is waited for by nobody.
+            let Ok(file) = File::options().read(true).write(true).open(entry.path()) else { continue };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+                makers.push(name);
+            }
+        }
+        Ok(makers)
     }
 }
 
@@ -145,6 +203,28 @@ mod tests {
         assert_eq!(store.make("a", |_| bail!("it is not made again")).unwrap(), Made::Before);
         assert_eq!(fs::read_to_string(store.path("a")).unwrap(), "the first");
         assert_eq!(names(directory.path()), ["a", "b"]);
+    }
+
+    #[test]
+    fn what_another_is_making_is_waited_for_as_long_as_he_lives_and_there_is_patience() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = |patience| Store { directory: directory.path().to_owned(), patience };
+        let other = store(PATIENCE).begin("a").unwrap().unwrap();
+        assert_eq!(store(ASKED).make("a", |new| Ok(fs::write(new, "impatient")?)).unwrap(), Made::Now);
+        fs::remove_file(directory.path().join("a")).unwrap();
+        std::thread::scope(|threads| {
+            let (store, store_of_b) = (store(PATIENCE), store(PATIENCE));
+            let waiting = threads.spawn(move || store.make("a", |_| bail!("it is made twice")).unwrap());
+            // Not for that of another name.
+            assert_eq!(store_of_b.make("b", |new| Ok(fs::write(new, "b")?)).unwrap(), Made::Now);
+            fs::write(other.path(), "a").unwrap();
+            name_it(other.path(), &directory.path().join("a")).unwrap();
+            drop(other);
+            assert_eq!(waiting.join().unwrap(), Made::Before);
+        });
+        // Of one that has died, the file is there and the lock is not.
+        fs::write(directory.path().join(".c.1.new"), "half").unwrap();
+        assert_eq!(store(PATIENCE).make("c", |new| Ok(fs::write(new, "c")?)).unwrap(), Made::Now);
     }
 
     #[test]

@@ -39,6 +39,10 @@ impl ApiServer {
 fn failed(what: &str, error: &kube::Error) -> Error {
     let (kind, why, hint) = match error {
         kube::Error::Api(status) if status.code == 404 => (Kind::NotFound, status.message.clone(), ""),
+        // A ResourceQuota (k8s.io/apiserver/pkg/admission/plugin/resourcequota).
+        kube::Error::Api(status) if status.code == 403 && status.message.contains("exceeded quota") => {
+            (Kind::ResourceExhausted, status.message.clone(), "")
+        }
         kube::Error::Api(status) if status.code == 403 => {
             (Kind::FailedPrecondition, status.message.clone(), ": do the controller's roles allow it?")
         }

@@ -205,7 +205,6 @@ spec:
           # The reason of a failure becomes an event of the claim.
           terminationMessagePolicy: FallbackToLogsOnError
           args:
-            - --work=/work
             {{- if .Values.builder.registrySecret }}
             - --authfile=/etc/registry/.dockerconfigjson
             {{- end }}
@@ -222,7 +221,7 @@ spec:
             {{- toYaml .Values.builder.resources | nindent 12 }}
           volumeMounts:
             - name: work
-              mountPath: /work
+              mountPath: /tmp
             {{- if .Values.builder.registrySecret }}
             - name: registry
               mountPath: /etc/registry
