@@ -79,12 +79,16 @@ fn add_volume(pod: &mut PodSpec, server: &str, share: &str) {
 }
 
 fn add_arguments(container: &mut Container, build: &Build) {
-    let to = format!("{IMAGES_AT}/{}", build.directory);
     let name = build.source.image_name();
-    let own = [build.source.to_string(), format!("--to={}", to.trim_end_matches('/')), format!("--name={name}")];
+    let own = [build.source.to_string(), format!("--to={IMAGES_AT}"), format!("--name={name}")];
     container.args.get_or_insert_default().splice(0..0, own);
-    let mount = VolumeMount { name: IMAGES.into(), mount_path: IMAGES_AT.into(), ..VolumeMount::default() };
-    container.volume_mounts.get_or_insert_default().push(mount);
+    container.volume_mounts.get_or_insert_default().push(VolumeMount {
+        name: IMAGES.into(),
+        mount_path: IMAGES_AT.into(),
+        // The kubelet follows no symbolic link there, which may be another's.
+        sub_path: Some(build.directory.clone()).filter(|directory| !directory.is_empty()),
+        ..VolumeMount::default()
+    });
 }
 
 /// How far an image is.
@@ -227,12 +231,14 @@ spec:
         assert_eq!(job["metadata"]["annotations"]["squashfs.csi.dev/source"], *source);
         let pod = &job["spec"]["template"]["spec"];
         let container = &pod["containers"][0];
-        let arguments = [&*source, "--to=/images/team/a", &format!("--name={name}"), "--flat"];
+        let arguments = [&*source, "--to=/images", &format!("--name={name}"), "--flat"];
         assert_eq!(container["args"], json!(arguments));
-        assert_eq!(container["volumeMounts"][1], json!({"name": "images", "mountPath": "/images"}));
+        let mount = json!({"name": "images", "mountPath": "/images", "subPath": "team/a"});
+        assert_eq!(container["volumeMounts"][1], mount);
         assert_eq!(pod["volumes"][1], json!({"name": "images", "nfs": {"server": "nfs", "path": "/images"}}));
         let of_the_share = to_value(template(TEMPLATE).job(&build("0", ""))).unwrap();
-        assert_eq!(of_the_share["spec"]["template"]["spec"]["containers"][0]["args"][1], "--to=/images");
+        let container = &of_the_share["spec"]["template"]["spec"]["containers"][0];
+        assert_eq!(container["volumeMounts"][1], json!({"name": "images", "mountPath": "/images"}));
     }
 
     #[test]
