@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::batch::v1::{Job, JobCondition};
-use k8s_openapi::api::core::v1::{Container, NFSVolumeSource, Pod, PodSpec, Volume, VolumeMount};
-use kube::api::{ListParams, PostParams};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{ApiResource, DynamicObject, ListParams, PostParams};
 use kube::{Api, Client};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::api::ApiServer;
@@ -15,14 +16,17 @@ use crate::spec::template::Build;
 /// The volume of a Job in which it makes images, and where its container has it.
 const IMAGES: &str = "images";
 const IMAGES_AT: &str = "/images";
+/// Where a Job has the specification of its pod.
+const POD: &str = "/spec/template/spec";
 /// The most bytes of what a Job said that are repeated.
 const LAST_WORDS: usize = 500;
 
-/// How Jobs are to be: what the driver adds is their name, what is to be made and, unless there is a volume `images`, that of the share.
+/// How Jobs are to be: what the driver adds is their name, what is to be made and, unless there is a volume `images`, that of the share. All
+/// else stays as it is, also what this program does not know.
 #[derive(Debug)]
 pub struct JobTemplate {
     driver_name: String,
-    job: Job,
+    job: DynamicObject,
     namespace: String,
     /// Of its text: with another template there is another Job.
     digest: Vec<u8>,
@@ -31,29 +35,42 @@ pub struct JobTemplate {
 impl JobTemplate {
     /// Reads a Job (YAML), which must have a namespace and a container. `driver_name` is the domain of its annotations.
     pub fn parse(driver_name: &str, text: &str) -> std::result::Result<JobTemplate, String> {
-        let job: Job = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+        let job: DynamicObject = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+        let of = ApiResource::erase::<Job>(&());
+        if !job.types.as_ref().is_some_and(|types| types.api_version == of.api_version && types.kind == of.kind) {
+            return Err(format!("it is no {} of {}", of.kind, of.api_version));
+        }
         let namespace = job.metadata.namespace.clone().ok_or("it has no metadata.namespace")?;
-        let pod = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
-        if pod.is_none_or(|pod| pod.containers.is_empty()) {
+        let containers = job.data.pointer(&format!("{POD}/containers"));
+        if !containers.and_then(|containers| containers.get(0)).is_some_and(Value::is_object) {
             return Err("it has no spec.template.spec.containers".into());
         }
-        Ok(JobTemplate { driver_name: driver_name.to_owned(), job, namespace, digest: Sha256::digest(text).to_vec() })
+        let digest = Sha256::digest(text).to_vec();
+        Ok(JobTemplate { driver_name: driver_name.to_owned(), job, namespace, digest })
     }
 
     /// The Job that makes an image. It has the same name whoever asks.
-    fn job(&self, build: &Build) -> Job {
-        let Build { source, server, share, .. } = build;
+    fn job(&self, build: &Build) -> DynamicObject {
+        let Build { source, server, share, directory } = build;
         let mut job = self.job.clone();
         job.metadata.name = Some(self.name(build));
         let annotations = job.metadata.annotations.get_or_insert_default();
         let about = [("source", source.to_string()), ("server", server.clone()), ("share", share.clone())];
         annotations.extend(about.map(|(name, value)| (format!("{}/{name}", self.driver_name), value)));
-        if let Some(pod) = job.spec.as_mut().and_then(|spec| spec.template.spec.as_mut()) {
-            add_volume(pod, server, share);
-            // There is one: see `parse`.
-            if let Some(container) = pod.containers.first_mut() {
-                add_arguments(container, build);
+        if let Some(pod) = job.data.pointer_mut(POD) {
+            let volumes = list(pod, "volumes");
+            if volumes.iter().all(|volume| volume["name"] != IMAGES) {
+                volumes.push(json!({"name": IMAGES, "nfs": {"server": server, "path": share}}));
             }
+            let container = &mut pod["containers"][0];
+            let own = [source.to_string(), format!("--to={IMAGES_AT}"), format!("--name={}", source.image_name())];
+            list(container, "args").splice(0..0, own.map(Value::from));
+            let mut mount = json!({"name": IMAGES, "mountPath": IMAGES_AT});
+            if !directory.is_empty() {
+                // The kubelet follows no symbolic link there, which may be another's.
+                mount["subPath"] = json!(directory);
+            }
+            list(container, "volumeMounts").push(mount);
         }
         job
     }
@@ -70,25 +87,13 @@ impl JobTemplate {
     }
 }
 
-fn add_volume(pod: &mut PodSpec, server: &str, share: &str) {
-    let volumes = pod.volumes.get_or_insert_default();
-    if volumes.iter().all(|volume| volume.name != IMAGES) {
-        let nfs = NFSVolumeSource { server: server.to_owned(), path: share.to_owned(), read_only: None };
-        volumes.push(Volume { name: IMAGES.into(), nfs: Some(nfs), ..Volume::default() });
+/// A list of an object, which is made where there is none.
+fn list<'a>(object: &'a mut Value, field: &str) -> &'a mut Vec<Value> {
+    let list = &mut object[field];
+    if !list.is_array() {
+        *list = json!([]);
     }
-}
-
-fn add_arguments(container: &mut Container, build: &Build) {
-    let name = build.source.image_name();
-    let own = [build.source.to_string(), format!("--to={IMAGES_AT}"), format!("--name={name}")];
-    container.args.get_or_insert_default().splice(0..0, own);
-    container.volume_mounts.get_or_insert_default().push(VolumeMount {
-        name: IMAGES.into(),
-        mount_path: IMAGES_AT.into(),
-        // The kubelet follows no symbolic link there, which may be another's.
-        sub_path: Some(build.directory.clone()).filter(|directory| !directory.is_empty()),
-        ..VolumeMount::default()
-    });
+    list.as_array_mut().expect("it is one now")
 }
 
 /// How far an image is.
@@ -118,7 +123,8 @@ impl Builds {
     pub async fn make(&self, build: &Build) -> Result<Progress> {
         let (name, namespace) = (self.template.name(build), &self.template.namespace);
         let what = format!("Job {namespace}/{name}");
-        let jobs = |client: Client| Api::<Job>::namespaced(client, namespace);
+        let all = |client: Client, kind| Api::<DynamicObject>::namespaced_with(client, namespace, &kind);
+        let jobs = |client| all(client, ApiResource::erase::<Job>(&()));
         let get = |client| async { jobs(client).get_opt(&name).await };
         let Some(job) = self.server.ask(&format!("look at {what}"), get).await? else {
             let job = self.template.job(build);
@@ -131,16 +137,17 @@ impl Builds {
             };
             return self.server.ask(&format!("create {what}"), create).await;
         };
-        if condition(&job, "Complete").is_some() {
+        if condition(&job.data["status"], "Complete", "True").is_some() {
             return Ok(Progress::Made);
         }
         let of_it = ListParams::default().labels(&format!("batch.kubernetes.io/job-name={name}"));
-        let list = |client| async { Api::<Pod>::namespaced(client, namespace).list(&of_it).await };
+        let list = |client| async { all(client, ApiResource::erase::<Pod>(&())).list(&of_it).await };
         let pods = self.server.ask(&format!("list the pods of {what}"), list).await?.items;
-        match condition(&job, "Failed") {
+        let pods: Vec<_> = pods.iter().map(|pod| &pod.data["status"]).collect();
+        match condition(&job.data["status"], "Failed", "True") {
             Some(failed) => {
-                let why = last_words(&pods).or_else(|| failed.message.clone()).unwrap_or_default();
-                let again = match job.spec.and_then(|spec| spec.ttl_seconds_after_finished) {
+                let why = last_words(&pods).or_else(|| text(&failed["message"])).unwrap_or_default();
+                let again = match job.data["spec"]["ttlSecondsAfterFinished"].as_u64() {
                     Some(seconds) => {
                         format!("it is tried again when the Job is deleted, or by itself after {seconds} s")
                     }
@@ -156,35 +163,33 @@ impl Builds {
     }
 }
 
-fn condition<'a>(job: &'a Job, name: &str) -> Option<&'a JobCondition> {
-    let conditions = job.status.as_ref()?.conditions.as_ref()?;
-    conditions.iter().find(|condition| condition.type_ == name && condition.status == "True")
+/// The condition of this type, of the status of an object, where it is so.
+fn condition<'a>(status: &'a Value, name: &str, is: &str) -> Option<&'a Value> {
+    let conditions = status["conditions"].as_array()?;
+    conditions.iter().find(|condition| condition["type"] == name && condition["status"] == is)
 }
 
-/// The last line of the pod that ended last.
-fn last_words(pods: &[Pod]) -> Option<String> {
-    let ends = pods.iter().filter_map(|pod| {
-        let container = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
-        let ended = container.state.as_ref()?.terminated.as_ref()?;
-        let line = ended.message.as_ref()?.lines().rfind(|line| !line.trim().is_empty())?;
-        Some((ended.finished_at.clone(), plain(line)))
+/// The last line of the pod that ended last, of the statuses of all.
+fn last_words(pods: &[&Value]) -> Option<String> {
+    let ends = pods.iter().filter_map(|status| {
+        let ended = &status["containerStatuses"][0]["state"]["terminated"];
+        let line = ended["message"].as_str()?.lines().rfind(|line| !line.trim().is_empty())?;
+        Some((ended["finishedAt"].as_str(), plain(line)))
     });
-    ends.max_by(|one, other| one.0.cmp(&other.0)).map(|(_, line)| line)
+    ends.max_by_key(|(at, _)| *at).map(|(_, line)| line)
 }
 
 /// Why a pod does not run, where it is known.
-fn waits_for(pods: &[Pod]) -> Option<String> {
-    pods.iter().filter_map(|pod| pod.status.as_ref()).find_map(|status| {
-        let of_container = || {
-            let container = status.container_statuses.as_ref()?.first()?;
-            let waiting = container.state.as_ref()?.waiting.as_ref()?;
-            waiting.message.clone().or_else(|| waiting.reason.clone())
-        };
-        let conditions = || status.conditions.iter().flatten();
-        let unscheduled =
-            || conditions().find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
-        unscheduled().and_then(|condition| condition.message.clone()).or_else(of_container).map(|why| plain(&why))
+fn waits_for(pods: &[&Value]) -> Option<String> {
+    pods.iter().find_map(|status| {
+        let unscheduled = condition(status, "PodScheduled", "False").and_then(|condition| text(&condition["message"]));
+        let waiting = &status["containerStatuses"][0]["state"]["waiting"];
+        unscheduled.or_else(|| text(&waiting["message"])).or_else(|| text(&waiting["reason"]))
     })
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(plain)
 }
 
 /// What others wrote, as an error may repeat it.
@@ -196,7 +201,7 @@ fn plain(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, from_value, json, to_value};
+    use serde_json::to_value;
 
     use crate::spec::source::Source;
 
@@ -206,6 +211,7 @@ kind: Job
 metadata: {namespace: builds, labels: {a: b}}
 spec:
   ttlSecondsAfterFinished: 600
+  fieldOfTheFuture: 1
   template:
     spec:
       containers:
@@ -227,7 +233,8 @@ spec:
         let job = to_value(template(TEMPLATE).job(&build("0", "team/a"))).unwrap();
         let name = format!("sha256-{}", "0".repeat(64));
         let source = format!("oci://a.example/b@sha256:{}", "0".repeat(64));
-        assert_eq!(job["metadata"]["namespace"], "builds");
+        assert_eq!((&job["metadata"]["namespace"], &job["kind"]), (&json!("builds"), &json!("Job")));
+        assert_eq!(job["spec"]["fieldOfTheFuture"], 1);
         assert_eq!(job["metadata"]["annotations"]["squashfs.csi.dev/source"], *source);
         let pod = &job["spec"]["template"]["spec"];
         let container = &pod["containers"][0];
@@ -262,46 +269,40 @@ spec:
 
     #[test]
     fn a_template_that_is_no_job_is_refused() {
-        for (old, new) in
-            [("namespace: builds, ", ""), ("containers:", "initContainers:"), ("spec:", "spec: ["), ("{}", "[]")]
-        {
+        for (old, new) in [
+            ("namespace: builds, ", ""),
+            ("containers:", "initContainers:"),
+            ("spec:", "spec: ["),
+            ("batch/v1", "v1"),
+            ("kind: Job", "kind: Pod"),
+        ] {
             JobTemplate::parse("squashfs.csi.dev", &TEMPLATE.replacen(old, new, 1)).unwrap_err();
         }
-    }
-
-    fn pod(status: Value) -> Pod {
-        from_value(json!({"status": status})).unwrap()
     }
 
     #[test]
     fn a_job_that_has_failed_says_so_in_the_last_words_of_its_last_pod() {
         let ended = |at: &str, message: Value| {
             let ended = json!({"exitCode": 1, "finishedAt": at, "message": message});
-            pod(json!({"containerStatuses": [
-                {"name": "build", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"terminated": ended}}]}))
+            json!({"containerStatuses": [{"name": "build", "state": {"terminated": ended}}]})
         };
         let early = ended("2026-01-01T00:00:00Z", json!("early"));
         let late = ended("2026-01-02T00:00:00Z", json!("a layer\nthe registry\u{1b} is silent\n\n"));
         let silent = ended("2026-01-01T00:00:00Z", Value::Null);
-        assert_eq!(last_words(&[late, early]).unwrap(), "the registry  is silent");
-        assert_eq!(last_words(&[silent, pod(json!({}))]), None);
+        assert_eq!(last_words(&[&late, &early]).unwrap(), "the registry  is silent");
+        assert_eq!(last_words(&[&silent, &json!({})]), None);
         let long = ended("2026-01-01T00:00:00Z", json!("ä".repeat(400)));
-        assert_eq!(last_words(&[long]).unwrap().len(), LAST_WORDS);
+        assert_eq!(last_words(&[&long]).unwrap().len(), LAST_WORDS);
     }
 
     #[test]
     fn a_job_whose_pod_cannot_run_says_why() {
         let unscheduled = json!([{"type": "PodScheduled", "status": "False", "message": "no node"}]);
-        assert_eq!(waits_for(&[pod(json!({"conditions": unscheduled}))]).unwrap(), "no node");
-        let waiting = |waiting: Value| {
-            pod(json!({"containerStatuses": [
-                {"name": "build", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"waiting": waiting}}]}))
-        };
-        assert_eq!(
-            waits_for(&[waiting(json!({"reason": "ErrImagePull", "message": "no image"}))]).unwrap(),
-            "no image"
-        );
-        assert_eq!(waits_for(&[waiting(json!({"reason": "ContainerCreating"}))]).unwrap(), "ContainerCreating");
-        assert_eq!(waits_for(&[pod(json!({}))]), None);
+        assert_eq!(waits_for(&[&json!({"conditions": unscheduled})]).unwrap(), "no node");
+        let waiting = |waiting: Value| json!({"containerStatuses": [{"name": "build", "state": {"waiting": waiting}}]});
+        let no_image = waiting(json!({"reason": "ErrImagePull", "message": "no image"}));
+        assert_eq!(waits_for(&[&no_image]).unwrap(), "no image");
+        assert_eq!(waits_for(&[&waiting(json!({"reason": "ContainerCreating"}))]).unwrap(), "ContainerCreating");
+        assert_eq!(waits_for(&[&json!({})]), None);
     }
 }
