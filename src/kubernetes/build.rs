@@ -67,7 +67,7 @@ impl JobTemplate {
             list(container, "args").splice(0..0, own.map(Value::from));
             let mut mount = json!({"name": IMAGES, "mountPath": IMAGES_AT});
             if !directory.is_empty() {
-                // The kubelet follows no symbolic link there, which may be another's.
+                // The kubelet follows symbolic links in it, and none that leads out of the share.
                 mount["subPath"] = json!(directory);
             }
             list(container, "volumeMounts").push(mount);
