@@ -308,6 +308,73 @@ pub enum Command {
     /// See to the copies of images on this node
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Look at a whole cluster, by its API server: what `kubectl squashfs` does, where this program is there as kubectl-squashfs
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+}
+
+/// The flag of subcommands that ask one cluster.
+#[derive(Args)]
+pub struct Context {
+    /// The cluster, as a context of the KUBECONFIG [default: the current one, or that of the pod]
+    #[arg(long)]
+    pub context: Option<String>,
+}
+
+/// The flags of subcommands that look into a directory of an export.
+#[derive(Args)]
+pub struct Share {
+    /// What nodes call the directory: its path on the server [default: as the mount table of this machine says]
+    #[arg(long, value_name = "PATH")]
+    pub share: Option<String>,
+    /// All clusters that have images of it, as contexts of the KUBECONFIG [default: the current one, or that of the pod]
+    #[arg(long = "context", value_name = "CONTEXT")]
+    pub contexts: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub enum ClusterCommand {
+    /// Print the images that volumes name; or those in a directory, and who names each
+    Images {
+        /// The directory of an export, mounted on this machine
+        directory: Option<PathBuf>,
+        #[command(flatten)]
+        share: Share,
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Print the volumes, with their claims, images and pods
+    Volumes {
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        context: Context,
+    },
+    /// Print the nodes, and what they have of the driver
+    Nodes {
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        context: Context,
+    },
+    /// Print which images in a directory nobody names and nobody has used for a while, and delete them if told so
+    Gc {
+        /// The directory of an export, mounted on this machine
+        directory: PathBuf,
+        /// Delete them
+        #[arg(long)]
+        delete: bool,
+        /// How long an image is kept after it was read or changed last, whether somebody names it or not
+        #[arg(long, value_name = "DAYS", default_value_t = 30)]
+        grace: u32,
+        #[command(flatten)]
+        share: Share,
+    },
+    /// Look whether all nodes have the driver, and what of the cluster's objects it cannot use
+    Doctor {
+        #[command(flatten)]
+        context: Context,
+    },
 }
 
 #[derive(Args)]

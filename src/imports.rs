@@ -83,7 +83,7 @@ fn files() -> BTreeMap<String, String> {
     add(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut files);
     // The root of the crate, its binary, and what only tests use.
     files.retain(|module, _| {
-        !["lib", "main", "cli", "imports"].contains(&module.as_str())
+        !["lib", "main", "cli", "plugin", "imports"].contains(&module.as_str())
             && !["tests", "fixture", "double"].iter().any(|name| module.ends_with(&format!("::{name}")))
     });
     files

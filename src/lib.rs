@@ -24,8 +24,8 @@
 //! | a class of errors, a thread that waits, how many may, work that is done once for several | `error.rs`, `blocking.rs`, `places.rs`, `single_flight.rs` |
 //! | a field of a CSI message, a gRPC code | [`csi`] |
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |
-//! | what an operator sees: health, metrics, the doctor | [`ops`] |
-//! | a flag or a subcommand | `cli.rs`, `main.rs` |
+//! | what an operator sees: health, metrics, the doctor, what lies on a server | [`ops`] |
+//! | a flag or a subcommand; those of `kubectl squashfs` | `cli.rs`, `main.rs`; `plugin.rs` |
 //! | making images of container images, tars and directories | the crate in `builder`, a program of its own |
 
 mod blocking;

@@ -1,6 +1,7 @@
 //! One function for each subcommand.
 
 mod cli;
+mod plugin;
 
 use std::fs;
 use std::io::{self, IsTerminal};
@@ -37,7 +38,7 @@ use cli::{
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(plugin::arguments(std::env::args_os()));
     start_log(&cli.global);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -79,6 +80,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Seal { image } => seal(&image),
         Command::Verify { image } => verify(&image),
         Command::Cache(command) => cache(name, command).await,
+        Command::Cluster(command) => plugin::run(name, command).await,
     }
 }
 

@@ -4,6 +4,8 @@
 //! leaves the first, which nodes may have open. Nobody who reads waits for anybody. Who would make what another is making waits for that, so
 //! that no layer is fetched twice: each locks its file by flock(2), which NFS tells the server, and the lock goes with its process. Where
 //! locks are not known, or the other takes too long, both make the file.
+//!
+//! All who make images share another lock, which `kubectl squashfs gc` wants for itself: it deletes no layer that a new image is to have.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
@@ -25,10 +27,14 @@ const LEFT: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long one who makes a file is waited for, and how often it is asked whether he is done.
 const PATIENCE: Duration = Duration::from_secs(60 * 60);
 const ASKED: Duration = Duration::from_millis(500);
+/// What all who make images lock.
+const LOCK: &str = ".lock";
 
 pub struct Store {
     directory: PathBuf,
     patience: Duration,
+    /// Held while images are made; `None` where locks are not known.
+    _lock: Option<File>,
 }
 
 /// Whether a file was made.
@@ -61,7 +67,11 @@ impl Store {
             Ok(())
         };
         sweep().with_context(|| format!("look into {}", directory.display()))?;
-        Ok(Store { directory: directory.to_owned(), patience: PATIENCE })
+        let lock = share_lock(&directory.join(LOCK)).unwrap_or_else(|error| {
+            eprintln!("share {LOCK} in {}: {error}: do not run 'gc' there meanwhile", directory.display());
+            None
+        });
+        Ok(Store { directory: directory.to_owned(), patience: PATIENCE, _lock: lock })
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -143,6 +153,31 @@ impl Store {
     }
 }
 
+/// Waits for one who has it alone; `None` where that takes too long.
+fn share_lock(path: &Path) -> io::Result<Option<File>> {
+    let make = File::options().read(true).append(true).create(true).open(path);
+    let file = match make {
+        // Another user's.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => File::open(path)?,
+        made => {
+            let file = made?;
+            // Whoever makes images here, whatever the umask of this process.
+            if file.metadata()?.permissions().mode() & 0o666 != 0o666 {
+                let _ = file.set_permissions(Permissions::from_mode(0o666));
+            }
+            file
+        }
+    };
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => sleep(ASKED),
+            locked => return Ok(locked.map(|()| Some(file))?),
+        }
+    }
+    Ok(None)
+}
+
 /// A file cannot replace another by link(2), and can by rename(2), which is for file systems without links.
 fn name_it(new: &Path, path: &Path) -> io::Result<Made> {
     match fs::hard_link(new, path) {
@@ -179,8 +214,8 @@ mod tests {
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.filter(|name| name != LOCK).collect();
         names.sort();
         names
     }
@@ -208,7 +243,7 @@ mod tests {
     #[test]
     fn what_another_is_making_is_waited_for_as_long_as_he_lives_and_there_is_patience() {
         let directory = tempfile::tempdir().unwrap();
-        let store = |patience| Store { directory: directory.path().to_owned(), patience };
+        let store = |patience| Store { directory: directory.path().to_owned(), patience, _lock: None };
         let other = store(PATIENCE).begin("a").unwrap().unwrap();
         assert_eq!(store(ASKED).make("a", |new| Ok(fs::write(new, "impatient")?)).unwrap(), Made::Now);
         fs::remove_file(directory.path().join("a")).unwrap();
@@ -225,6 +260,24 @@ mod tests {
         // Of one that has died, the file is there and the lock is not.
         fs::write(directory.path().join(".c.1.new"), "half").unwrap();
         assert_eq!(store(PATIENCE).make("c", |new| Ok(fs::write(new, "c")?)).unwrap(), Made::Now);
+    }
+
+    #[test]
+    fn who_deletes_and_who_makes_images_wait_for_one_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let stores = [Store::open(directory.path()).unwrap(), Store::open(directory.path()).unwrap()];
+        let gc = File::options().write(true).open(directory.path().join(LOCK)).unwrap();
+        assert_eq!(gc.metadata().unwrap().permissions().mode() & 0o777, 0o666);
+        assert_eq!(flock(&gc, FlockOperation::NonBlockingLockExclusive), Err(Errno::WOULDBLOCK));
+        drop(stores);
+        flock(&gc, FlockOperation::NonBlockingLockExclusive).unwrap();
+        std::thread::scope(|threads| {
+            let opening = threads.spawn(|| Store::open(directory.path()).unwrap());
+            sleep(ASKED);
+            assert!(!opening.is_finished());
+            drop(gc);
+            opening.join().unwrap();
+        });
     }
 
     #[test]

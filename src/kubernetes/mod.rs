@@ -1,10 +1,11 @@
-//! What is about Kubernetes beyond CSI: the kubelet's plugin registration, claims that name their image, Jobs that make one, and what
-//! becomes of a container of the ImageAPI.
+//! What is about Kubernetes beyond CSI: the kubelet's plugin registration, claims that name their image, Jobs that make one, what a cluster
+//! has of the driver, and what becomes of a container of the ImageAPI.
 
 mod api;
 pub mod build;
 pub mod claim;
 pub mod convert;
+pub mod inventory;
 pub mod registration;
 
 use std::sync::Arc;
@@ -22,7 +23,7 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn new(driver_name: &str, builds: Option<JobTemplate>) -> Self {
-        let server = Arc::new(ApiServer::default());
+        let server = Arc::new(ApiServer::new(None));
         let builds = builds.map(|template| Builds::new(template, Arc::clone(&server)));
         Cluster { claims: Claims::new(driver_name, server), builds }
     }

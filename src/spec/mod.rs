@@ -7,6 +7,7 @@ pub mod error;
 mod image_parameters;
 pub mod index;
 pub mod json;
+pub mod location;
 mod mount_options;
 pub mod naming;
 pub mod options;

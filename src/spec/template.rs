@@ -15,8 +15,9 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::Value;
 
 use super::error::{SpecError, quote};
+use super::location::Location;
 use super::naming::{self, Choice, MayName, Named, NamingClaim};
-use super::parameters::{BESIDE_IMAGE, KNOWN, REFUSE, SOURCE, SYMLINKS, canonical};
+use super::parameters::{BESIDE_IMAGE, KNOWN, REFUSE, SOURCE, SYMLINKS, canonical, parse_attributes};
 use super::source::Source;
 use super::{MOUNT_SPEC, json, text};
 
@@ -151,6 +152,20 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         context.entry(SYMLINKS.to_owned()).or_insert_with(|| REFUSE.to_owned());
     }
     Ok(Class { context, claim, below })
+}
+
+/// Where the images lie that a StorageClass names itself, with a `*` for the value of each template.
+pub fn locations<'a>(
+    parameters: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<Vec<Location>, SpecError> {
+    let mut parameters: BTreeMap<_, _> =
+        parameters.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    parameters.extend(TEMPLATES.map(|(_, parameter)| (parameter.to_owned(), "*".to_owned())));
+    let context = expand(&parameters)?.with_what_is_named(None)?.context;
+    if !context.contains_key("image") && !context.contains_key(MOUNT_SPEC) {
+        return Ok(Vec::new());
+    }
+    Ok(Location::of(parse_attributes(&context, &[])?.mount()))
 }
 
 /// From a template's name to its value.

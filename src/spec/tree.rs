@@ -98,7 +98,7 @@ impl Mount {
         outcome
     }
 
-    fn visit<'a>(&'a self, at: &str, visit: &mut impl FnMut(&str, &'a Mount)) {
+    pub(super) fn visit<'a>(&'a self, at: &str, visit: &mut impl FnMut(&str, &'a Mount)) {
         visit(at, self);
         match self {
             Mount::Attach(Attach { device: Device::Loopback(loopback), .. }) => {

@@ -1,0 +1,224 @@
+//! Deletes the images that nobody names and nobody has used for a while.
+//!
+//! An image that is to go loses its name first, and then the cluster is asked again: what somebody names by then gets its name back. Who
+//! makes images holds a lock meanwhile, so that no layer goes which a new image is to have.
+
+use std::collections::BTreeSet;
+use std::fs::File as StdFile;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{AtFlags, Dir, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::look::{open, split};
+use super::{File, Store, mark_layers};
+use crate::error::{Error, Kind, Result};
+use crate::kernel::file_system::{FileSystem, SUPERBLOCK};
+use crate::kubernetes::inventory::Inventory;
+
+/// What builders lock, each in the directory that it writes to.
+const LOCK: &str = ".lock";
+/// What lies beside an image and goes with it.
+const COMPANIONS: [&str; 3] = [".root", ".root.minisig", ".minisig"];
+/// The end of the name of what is to go; it begins with a dot.
+const UNNAMED: &str = ".deleted";
+
+/// What becomes of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Named(BTreeSet<String>),
+    /// It was used in the time of grace.
+    Young,
+    Unused,
+}
+
+/// What is to become of each file. Layers go and stay with their indexes.
+pub fn judge(mut files: Vec<File>, now: SystemTime, grace: Duration) -> Vec<(File, Verdict)> {
+    let is_young =
+        |file: &File| now.duration_since(file.last_used).is_ok_and(|age| age < grace) || now < file.last_used;
+    mark_layers(&mut files, |index| !index.used_by.is_empty() || is_young(index));
+    let judge = |file: File| {
+        let verdict = match &file.used_by {
+            named if !named.is_empty() => Verdict::Named(named.clone()),
+            _ if is_young(&file) => Verdict::Young,
+            _ => Verdict::Unused,
+        };
+        (file, verdict)
+    };
+    files.into_iter().map(judge).collect()
+}
+
+/// What became of a file that nobody names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Deleted,
+    Kept(String),
+}
+
+/// The files of a store that have lost their names.
+pub struct Unnamed<'a> {
+    store: &'a Store,
+    files: Vec<File>,
+    /// Of their directories, held until the end.
+    locks: Vec<OwnedFd>,
+}
+
+impl Store {
+    /// Takes the names of files from them, indexes first; `each` is told of those that keep theirs.
+    pub fn unname(&self, files: Vec<File>, mut each: impl FnMut(&File, Outcome)) -> Unnamed<'_> {
+        let mut unnamed = Unnamed { store: self, files: Vec::new(), locks: Vec::new() };
+        let directories: BTreeSet<_> = files.iter().map(|file| split(&file.path).0.to_owned()).collect();
+        for directory in directories {
+            let here = || files.iter().filter(|file| split(&file.path).0 == directory);
+            let recover = || self.recover(&directory).map_err(|errno| format!("look for what is left there: {errno}"));
+            match self.lock(&directory).and_then(|lock| recover().map(|()| lock)) {
+                Ok(lock) => unnamed.locks.push(lock),
+                Err(why) => {
+                    here().for_each(|file| each(file, Outcome::Kept(why.clone())));
+                    continue;
+                }
+            }
+            let (indexes, images): (Vec<_>, Vec<_>) = here().partition(|file| file.layers.is_some());
+            for file in indexes.into_iter().chain(images) {
+                match self.take_name(file) {
+                    Ok(()) => unnamed.files.push(file.clone()),
+                    Err(why) => each(file, Outcome::Kept(why)),
+                }
+            }
+        }
+        unnamed
+    }
+
+    /// So that nobody makes an image in this directory meanwhile.
+    fn lock(&self, directory: &str) -> std::result::Result<OwnedFd, String> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH;
+        let open = || {
+            let directory = open(&self.directory, directory, OFlags::PATH | OFlags::DIRECTORY)?;
+            let file = rustix::fs::openat(directory, LOCK, flags, mode)?;
+            // Whoever makes images, whatever the umask of this process. A file of another user has its mode.
+            let _ = rustix::fs::fchmod(&file, mode);
+            Ok(file)
+        };
+        let file: OwnedFd = open().map_err(|errno: Errno| format!("open {LOCK} there: {errno}"))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(Errno::WOULDBLOCK) => Err("images are being made there: try again later".into()),
+            Err(errno) => {
+                Err(format!("lock {LOCK} there: {errno}: without locks it cannot be told who makes images there"))
+            }
+        }
+    }
+
+    fn take_name(&self, file: &File) -> std::result::Result<(), String> {
+        let take = || -> rustix::io::Result<bool> {
+            if file.layers.is_none() && !self.is_image(&file.path)? {
+                return Ok(false);
+            }
+            let directory = open(&self.directory, split(&file.path).0, OFlags::PATH | OFlags::DIRECTORY)?;
+            let name = split(&file.path).1;
+            rustix::fs::renameat(&directory, name, &directory, unnamed(name)).map(|()| true)
+        };
+        match take() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("by its content it is neither squashfs nor EROFS".into()),
+            Err(errno) => Err(format!("rename it: {errno}")),
+        }
+    }
+
+    fn is_image(&self, path: &str) -> rustix::io::Result<bool> {
+        let file = StdFile::from(open(&self.directory, path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+        let mut head = [0; SUPERBLOCK];
+        let length = file.read_at(&mut head, 0).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let found = FileSystem::recognise(&head[..length]);
+        Ok(matches!(found, Some(FileSystem::Squashfs | FileSystem::Erofs)))
+    }
+
+    fn give_name_back(&self, path: &str) -> rustix::io::Result<()> {
+        let (directory, name) = split(path);
+        let directory = open(&self.directory, directory, OFlags::PATH | OFlags::DIRECTORY)?;
+        rename(&directory, &unnamed(name), name)
+    }
+
+    fn delete(&self, path: &str) -> rustix::io::Result<()> {
+        let (directory, name) = split(path);
+        let directory = open(&self.directory, directory, OFlags::PATH | OFlags::DIRECTORY)?;
+        rustix::fs::unlinkat(&directory, unnamed(name), AtFlags::empty())?;
+        for companion in COMPANIONS {
+            match rustix::fs::unlinkat(&directory, format!("{name}{companion}"), AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the files their names back that a process has left without, which has died.
+    fn recover(&self, directory: &str) -> rustix::io::Result<()> {
+        let directory = open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let was = entry.file_name().to_str().unwrap_or_default();
+            if let Some(name) = was.strip_prefix('.').and_then(|name| name.strip_suffix(UNNAMED)) {
+                match rename(&directory, was, name) {
+                    // It was made again: the one that was to go goes with the next.
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(errno) => return Err(errno),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Unnamed<'_> {
+    /// Deletes those that nobody names by now either, and gives the others their names back. `each` is told of every file.
+    pub fn finish(self, inventory: &Result<Inventory>, grace: Duration, mut each: impl FnMut(&File, Outcome)) {
+        let unused: Result<BTreeSet<String>> = inventory.as_ref().map_err(Clone::clone).and_then(|inventory| {
+            let (there, unreadable) = self.store.files(inventory)?;
+            if let Some(why) = unreadable.into_iter().next() {
+                return Err(Error::new(Kind::FailedPrecondition, why));
+            }
+            let mut files = there;
+            files.extend(self.store.marked(self.files.clone(), inventory).0);
+            let judged = judge(files, SystemTime::now(), grace).into_iter();
+            Ok(judged.filter(|(_, verdict)| *verdict == Verdict::Unused).map(|(file, _)| file.path).collect())
+        });
+        for file in &self.files {
+            let why = match &unused {
+                Ok(unused) if unused.contains(&file.path) => match self.store.delete(&file.path) {
+                    Ok(()) => {
+                        each(file, Outcome::Deleted);
+                        continue;
+                    }
+                    Err(errno) => format!("delete it: {errno}"),
+                },
+                Ok(_) => "it is named or used by now".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            let why = match self.store.give_name_back(&file.path) {
+                Ok(()) | Err(Errno::NOENT) => why,
+                Err(errno) => format!("{why}; and it is {} now: {errno}", unnamed(split(&file.path).1)),
+            };
+            each(file, Outcome::Kept(why));
+        }
+    }
+}
+
+fn unnamed(name: &str) -> String {
+    format!(".{name}{UNNAMED}")
+}
+
+/// Not over a file that has the name by now; where the file system cannot look at both at once, after one another.
+fn rename(directory: &OwnedFd, from: &str, to: &str) -> rustix::io::Result<()> {
+    match rustix::fs::renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL) => match rustix::fs::statat(directory, to, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Err(Errno::EXIST),
+            Err(Errno::NOENT) => rustix::fs::renameat(directory, from, directory, to),
+            Err(errno) => Err(errno),
+        },
+        renamed => renamed,
+    }
+}
