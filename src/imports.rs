@@ -57,7 +57,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "volume::source",
         ],
     ),
-    ("kubernetes", &["error", "socket", "spec"]),
+    ("kubernetes", &["error", "lock", "socket", "spec"]),
     ("csi", &["error", "kubernetes", "lock", "metrics", "socket", "spec", "volume"]),
     ("ops", &["blocking", "error", "kernel", "kubernetes", "metrics", "single_flight", "spec", "volume"]),
 ];

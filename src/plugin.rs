@@ -38,16 +38,16 @@ pub async fn run(driver_name: &str, command: ClusterCommand) -> Outcome {
             let store = Store::open(&directory, share.share.clone())?;
             let (files, unreadable) = store.files(&look(driver_name, &share.contexts).await?)?;
             super::warn(&unreadable);
-            show(output, &listed(files), images_there)
+            show(output, listed(files).as_slice(), images_there)
         }
         ClusterCommand::Images { directory: None, share, output } => {
             show(output, &by_image(look(driver_name, &share.contexts).await?.volumes), images)
         }
         ClusterCommand::Volumes { output, context } => {
-            show(output, &look(driver_name, context.context.as_slice()).await?.volumes, volumes)
+            show(output, look(driver_name, context.context.as_slice()).await?.volumes.as_slice(), volumes)
         }
         ClusterCommand::Nodes { output, context } => {
-            show(output, &look(driver_name, context.context.as_slice()).await?.nodes, nodes)
+            show(output, look(driver_name, context.context.as_slice()).await?.nodes.as_slice(), nodes)
         }
         ClusterCommand::Gc { directory, delete, grace, share } => {
             let store = Store::open(&directory, share.share.clone())?;
@@ -138,12 +138,12 @@ fn images(images: &BTreeMap<String, Used>) -> String {
     table(&["IMAGE", "VOLUMES", "PODS", "NODES"], images.iter().map(row))
 }
 
-fn images_there(files: &Vec<File>) -> String {
+fn images_there(files: &[File]) -> String {
     let row = |file: &File| vec![file.path.clone(), file.size.to_string(), age(file), short(file.used_by.iter())];
     table(&["IMAGE", "BYTES", "LAST USED", "NAMED BY"], files.iter().map(row))
 }
 
-fn volumes(volumes: &Vec<Volume>) -> String {
+fn volumes(volumes: &[Volume]) -> String {
     let row = |volume: &Volume| {
         let pods = volume.pods.iter().map(|(pod, node)| match node {
             Some(node) => format!("{pod} on {node}"),
@@ -155,7 +155,7 @@ fn volumes(volumes: &Vec<Volume>) -> String {
     table(&["VOLUME", "CLAIM", "IMAGES", "PODS"], volumes.iter().map(row))
 }
 
-fn nodes(nodes: &Vec<ClusterNode>) -> String {
+fn nodes(nodes: &[ClusterNode]) -> String {
     let row = |node: &ClusterNode| {
         let driver = if node.registered { "registered" } else { "not there" };
         vec![node.name.clone(), driver.to_owned(), node.pods.to_string(), node.volumes.to_string()]
@@ -178,7 +178,7 @@ fn age(file: &File) -> String {
     format!("{} d", age.as_secs() / DAY)
 }
 
-fn show<T: Serialize>(output: Output, what: &T, text: impl Fn(&T) -> String) -> Outcome {
+fn show<T: Serialize + ?Sized>(output: Output, what: &T, text: impl Fn(&T) -> String) -> Outcome {
     match output {
         Output::Text => say(&text(what)),
         Output::Json => say(&(serde_json::to_string_pretty(what)? + "\n")),

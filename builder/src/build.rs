@@ -75,6 +75,11 @@ impl Builder {
         let digits = hexadecimal(&image.digest)?;
         let name = name.unwrap_or_else(|| format!("{}-{}", blobs.name(), &digits[..12]));
         check_name(&name)?;
+        if let Some(stack) = self.there(&name, &image.digest)? {
+            image.layers.iter().try_for_each(|layer| blobs.look_for(layer))?;
+            eprintln!("{name}.json: was there");
+            return Ok(Built::Stack { name, stack });
+        }
         let fetched = |layers: &[_]| -> Result<Vec<TarFile>> {
             let fetch = |layer: &OciDescriptor| {
                 let path = self.work.path().join(hexadecimal(&layer.digest)?);
@@ -106,27 +111,56 @@ impl Builder {
             };
             let file = format!("sha256-{}.sqsh", hexadecimal(&digest)?);
             let made = self.store.make(&file, |new| make(layer, is_more, new))?;
+            if made == Made::Before {
+                // Who knows its digest may not be who may read it.
+                layer.iter().try_for_each(|layer| blobs.look_for(layer))?;
+            }
             verity.insert(file.clone(), self.root_hash(&file)?);
             eprintln!("{file}: {}", if made == Made::Now { "made" } else { "was there" });
             layers.push(file);
         }
         let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
-        self.keep(&name, &stack)?;
+        let stack = self.keep(&name, stack, &image.digest)?;
         Ok(Built::Stack { name, stack })
     }
 
-    /// What is there by this name must be the same image, but may have come from another registry.
-    fn keep(&self, name: &str, stack: &Stack) -> Result<()> {
+    /// What is there by this name, where that is this image and whole: it may have been made with other layers in one, and from another
+    /// registry.
+    fn there(&self, name: &str, digest: &str) -> Result<Option<Stack>> {
         let file = format!("{name}.json");
-        let text = serde_json::to_string_pretty(stack).context("write the stack")? + "\n";
-        if self.store.make(&file, |new| Ok(fs::write(new, text)?))? == Made::Before {
-            let path = self.store.path(&file);
-            let there = || Ok::<Stack, anyhow::Error>(serde_json::from_slice(&fs::read(&path)?)?);
-            let there = there().with_context(|| format!("read {}", path.display()))?;
-            let is_same = there.layers == stack.layers && there.verity == stack.verity;
-            ensure!(is_same, "{} is there, and says something else: choose another --name", path.display());
+        if !self.store.has(&file)? {
+            return Ok(None);
         }
-        Ok(())
+        let path = self.store.path(&file);
+        let there = || Ok::<Stack, anyhow::Error>(serde_json::from_slice(&fs::read(&path)?)?);
+        let there = there().with_context(|| format!("read {}", path.display()))?;
+        ensure!(
+            there.source.ends_with(&format!("@{digest}")),
+            "{} is there, and of another image, {}: choose another --name, or delete it where no volume has it",
+            path.display(),
+            there.source
+        );
+        let is_whole =
+            |layer: &String| Ok::<_, anyhow::Error>(there.verity.get(layer) == Some(&self.root_hash(layer)?));
+        for layer in &there.layers {
+            if !self.store.has(layer)? || !is_whole(layer)? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(there))
+    }
+
+    /// Another builder may have been faster: then it is his.
+    fn keep(&self, name: &str, stack: Stack, digest: &str) -> Result<Stack> {
+        let file = format!("{name}.json");
+        let text = serde_json::to_string_pretty(&stack).context("write the stack")? + "\n";
+        match self.store.make(&file, |new| Ok(fs::write(new, text)?))? {
+            Made::Now => Ok(stack),
+            Made::Before => self.there(name, digest)?.with_context(|| {
+                let path = self.store.path(&file);
+                format!("{} is there, and names layers that are not, or other ones by now: delete it", path.display())
+            }),
+        }
     }
 
     fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {

@@ -26,6 +26,9 @@ pub trait Blobs {
 
     /// Writes a layer into a file, and checks its digest and size.
     fn fetch(&self, layer: &OciDescriptor, into: &Path) -> Result<()>;
+
+    /// An error where there is no such layer, of whoever may read this image.
+    fn look_for(&self, layer: &OciDescriptor) -> Result<()>;
 }
 
 /// What an image is made for: `linux/arm64/v8`.
@@ -166,6 +169,10 @@ mod tests {
 
         fn manifest(&self, digest: &str) -> Result<Vec<u8>> {
             self.1.get(digest).cloned().context("there is none")
+        }
+
+        fn look_for(&self, _: &OciDescriptor) -> Result<()> {
+            Ok(())
         }
 
         fn fetch(&self, _: &OciDescriptor, _: &Path) -> Result<()> {

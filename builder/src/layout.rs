@@ -130,6 +130,11 @@ impl Blobs for Layout {
         read(&self.blob(digest)?)
     }
 
+    fn look_for(&self, layer: &OciDescriptor) -> Result<()> {
+        let path = self.blob(&layer.digest)?;
+        fs::metadata(&path).with_context(|| format!("look for layer {}", layer.digest)).map(drop)
+    }
+
     fn fetch(&self, layer: &OciDescriptor, into: &Path) -> Result<()> {
         let path = self.blob(&layer.digest)?;
         let copy = || -> io::Result<_> {

@@ -156,4 +156,11 @@ impl Blobs for Registry {
         }
         Ok(())
     }
+
+    fn look_for(&self, layer: &OciDescriptor) -> Result<()> {
+        let look = self.runtime.block_on(self.client.blob_exists(&self.reference, &layer.digest));
+        let is_there = look.with_context(|| format!("ask for layer {}", layer.digest))?;
+        ensure!(is_there, "{} has no layer {}", self.reference.repository(), layer.digest);
+        Ok(())
+    }
 }

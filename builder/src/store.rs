@@ -118,12 +118,12 @@ impl Store {
                 // A name that nobody else has, on whichever machine he is.
                 let new = tempfile::Builder::new().prefix(&prefix).suffix(UNFINISHED).tempfile_in(&self.directory);
                 let new = new.with_context(write)?;
-                // Nobody waits for one that cannot be locked.
-                let _ = flock(new.as_file(), FlockOperation::NonBlockingLockExclusive);
+                lock_mine(new.as_file());
                 let mine = new.path().file_name();
                 // Of those who begin at once, the first by its name goes on.
                 if !has_patience || self.makers(&prefix).with_context(look)?.iter().all(|other| mine <= Some(other)) {
-                    return Ok(Some(new));
+                    // It may be there since: NFS believes for a while that it is not, but not after this directory has changed.
+                    return Ok((!self.has(name)?).then_some(new));
                 }
             }
             if !std::mem::replace(&mut is_told, true) {
@@ -150,6 +150,16 @@ impl Store {
             }
         }
         Ok(makers)
+    }
+}
+
+/// Nobody waits for one that cannot be locked; who looks whether it is has it locked for a moment.
+fn lock_mine(file: &File) {
+    for _ in 0..20 {
+        if flock(file, FlockOperation::NonBlockingLockExclusive) != Err(Errno::WOULDBLOCK) {
+            return;
+        }
+        sleep(ASKED / 10);
     }
 }
 

@@ -59,7 +59,8 @@ impl Controller {
                 return Err(error);
             }
         };
-        if let Some(build) = build {
+        // A call whose answer was lost asks for what is there.
+        if let Some(build) = build.filter(|_| !self.has_created(&request, &volume)) {
             self.build(&build, &claim).await?;
         }
         self.remember(request, volume)
@@ -87,7 +88,10 @@ impl Controller {
             }
             Err(error) => {
                 let error = error.about(&of);
-                claims.tell(claim, Reason::BuildFailed, &error.message).await;
+                // That the API server is silent says nothing of the Job.
+                if error.kind != Kind::Unavailable {
+                    claims.tell(claim, Reason::BuildFailed, &error.message).await;
+                }
                 Err(error)
             }
         }
@@ -111,6 +115,13 @@ impl Controller {
         }
         // An image has the size it has: the size of the claim is given back so that claim and volume bind.
         Ok(Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context })
+    }
+
+    fn has_created(&self, request: &CreateVolumeRequest, volume: &Volume) -> bool {
+        let (created, range) = (lock(&self.created), request.capacity_range.unwrap_or_default());
+        created.get(&volume.volume_id).is_some_and(|existing| {
+            existing.parameters == request.parameters && existing.capacity == range && existing.volume == *volume
+        })
     }
 
     fn remember(&self, request: CreateVolumeRequest, volume: Volume) -> Result<Volume> {

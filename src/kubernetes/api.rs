@@ -66,8 +66,12 @@ fn failed(what: &str, error: &kube::Error) -> Error {
         kube::Error::Api(status) if status.code == 403 && status.message.contains("exceeded quota") => {
             (Kind::ResourceExhausted, status.message.clone(), "")
         }
-        kube::Error::Api(status) if status.code == 403 => {
+        // The words of RBAC (k8s.io/apiserver/pkg/endpoints/handlers/responsewriters); admission has others.
+        kube::Error::Api(status) if status.code == 403 && status.message.contains(" cannot ") => {
             (Kind::FailedPrecondition, status.message.clone(), ": does a role allow it?")
+        }
+        kube::Error::Api(status) if (400..500).contains(&status.code) && ![408, 409, 429].contains(&status.code) => {
+            (Kind::FailedPrecondition, status.message.clone(), "")
         }
         kube::Error::Api(status) => (Kind::Unavailable, status.message.clone(), ""),
         // Its words repeat parts of the file, and a token may be one of them.

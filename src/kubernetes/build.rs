@@ -140,7 +140,8 @@ impl Builds {
         if condition(&job.data["status"], "Complete", "True").is_some() {
             return Ok(Progress::Made);
         }
-        let of_it = ListParams::default().labels(&format!("batch.kubernetes.io/job-name={name}"));
+        let of_job = format!("batch.kubernetes.io/job-name={name}");
+        let of_it = ListParams::default().labels(&of_job);
         let list = |client| async { all(client, ApiResource::erase::<Pod>(&())).list(&of_it).await };
         let pods = self.server.ask(&format!("list the pods of {what}"), list).await?.items;
         let pods: Vec<_> = pods.iter().map(|pod| &pod.data["status"]).collect();
@@ -156,7 +157,14 @@ impl Builds {
                 Err(Error::new(Kind::FailedPrecondition, format!("{what} has failed: {why}: {again}")))
             }
             None => Ok(Progress::UnderWay(match waits_for(&pods) {
-                Some(why) => format!("{what}, whose pod waits: {why}"),
+                Some(why) => {
+                    format!(
+                        "{what}, whose pod waits: {why}: see 'kubectl describe pod --namespace {namespace} --selector {of_job}'"
+                    )
+                }
+                None if pods.is_empty() => {
+                    format!("{what}, which has no pod yet: see 'kubectl describe job --namespace {namespace} {name}'")
+                }
                 None => what,
             })),
         }

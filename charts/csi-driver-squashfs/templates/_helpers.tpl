@@ -149,10 +149,6 @@ annotations:
 {{- mulf (float64 $number) (get $factors $unit) | int64 -}}
 {{- end -}}
 
-{{- define "squashfs.builderNamespace" -}}
-{{- .Values.builder.namespace | default .Release.Namespace -}}
-{{- end -}}
-
 {{/* The Job that makes an image, but for its name, what is to be made, and the share. */}}
 {{- define "squashfs.buildJob" -}}
 {{- $volumes := list -}}
@@ -160,7 +156,7 @@ annotations:
 apiVersion: batch/v1
 kind: Job
 metadata:
-  namespace: {{ include "squashfs.builderNamespace" . }}
+  namespace: {{ .Values.builder.namespace }}
   labels:
     {{- include "squashfs.labels" (dict "root" $ "component" "builder") | nindent 4 }}
 spec:
@@ -233,7 +229,8 @@ spec:
       volumes:
         {{- if not (has "work" $volumes) }}
         - name: work
-          emptyDir: {}
+          emptyDir:
+            sizeLimit: {{ .Values.builder.workSize }}
         {{- end }}
         {{- with .Values.builder.registrySecret }}
         - name: registry
