@@ -2,7 +2,7 @@
 //!
 //! A file has its name when it is complete and on the server's disk, and never changes from then on: who makes the same one meanwhile
 //! leaves the first, which nodes may have open. Nobody who reads waits for anybody. Who would make what another is making waits for that, so
-//! that no layer is fetched twice: each locks its file by flock(2), which NFS tells the server, and the lock goes with its process. Where
+//! that no layer is fetched twice: each locks its file, which NFS tells the server, and the lock goes with its process. Where
 //! locks are not known, or the other takes too long, both make the file.
 //!
 //! All who make images share another lock, which `kubectl squashfs gc` wants for itself: it deletes no layer that a new image is to have.
@@ -16,8 +16,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use csi_driver_squashfs::kernel::file_lock::{Lock, try_lock};
 use tempfile::NamedTempFile;
 
 /// The end of what is not complete. It begins with a dot.
@@ -145,7 +144,7 @@ impl Store {
             }
             // One that is gone, or another's, is waited for by nobody.
             let Ok(file) = File::options().read(true).write(true).open(entry.path()) else { continue };
-            if flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+            if matches!(try_lock(&file, Lock::Alone), Ok(false)) {
                 makers.push(name);
             }
         }
@@ -156,7 +155,7 @@ impl Store {
 /// Nobody waits for one that cannot be locked; who looks whether it is has it locked for a moment.
 fn lock_mine(file: &File) {
     for _ in 0..20 {
-        if flock(file, FlockOperation::NonBlockingLockExclusive) != Err(Errno::WOULDBLOCK) {
+        if !matches!(try_lock(file, Lock::Alone), Ok(false)) {
             return;
         }
         sleep(ASKED / 10);
@@ -180,9 +179,10 @@ fn share_lock(path: &Path) -> io::Result<Option<File>> {
     };
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        match flock(&file, FlockOperation::NonBlockingLockShared) {
-            Err(Errno::WOULDBLOCK) => sleep(ASKED),
-            locked => return Ok(locked.map(|()| Some(file))?),
+        match try_lock(&file, Lock::Shared) {
+            Ok(true) => return Ok(Some(file)),
+            Ok(false) => sleep(ASKED),
+            Err(error) => return Err(io::Error::other(error.to_string())),
         }
     }
     Ok(None)
@@ -278,9 +278,9 @@ mod tests {
         let stores = [Store::open(directory.path()).unwrap(), Store::open(directory.path()).unwrap()];
         let gc = File::options().write(true).open(directory.path().join(LOCK)).unwrap();
         assert_eq!(gc.metadata().unwrap().permissions().mode() & 0o777, 0o666);
-        assert_eq!(flock(&gc, FlockOperation::NonBlockingLockExclusive), Err(Errno::WOULDBLOCK));
+        assert!(!try_lock(&gc, Lock::Alone).unwrap());
         drop(stores);
-        flock(&gc, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert!(try_lock(&gc, Lock::Alone).unwrap());
         std::thread::scope(|threads| {
             let opening = threads.spawn(|| Store::open(directory.path()).unwrap());
             sleep(ASKED);

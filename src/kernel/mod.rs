@@ -9,6 +9,7 @@ pub mod device_mapper;
 #[cfg(test)]
 pub mod double;
 mod error;
+pub mod file_lock;
 pub mod file_system;
 pub mod image;
 mod linux;

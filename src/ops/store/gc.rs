@@ -9,12 +9,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, Dir, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::look::{open, split};
 use super::{File, Store, mark_layers};
 use crate::error::{Error, Kind, Result};
+use crate::kernel::file_lock::{Lock, try_lock};
 use crate::kernel::file_system::{FileSystem, SUPERBLOCK};
 use crate::kubernetes::inventory::Inventory;
 
@@ -62,7 +63,7 @@ pub struct Unnamed<'a> {
     store: &'a Store,
     files: Vec<File>,
     /// Of their directories, held until the end.
-    locks: Vec<OwnedFd>,
+    locks: Vec<StdFile>,
 }
 
 impl Store {
@@ -92,7 +93,7 @@ impl Store {
     }
 
     /// So that nobody makes an image in this directory meanwhile.
-    fn lock(&self, directory: &str) -> std::result::Result<OwnedFd, String> {
+    fn lock(&self, directory: &str) -> std::result::Result<StdFile, String> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH;
         let open = || {
@@ -103,12 +104,11 @@ impl Store {
             Ok(file)
         };
         let file: OwnedFd = open().map_err(|errno: Errno| format!("open {LOCK} there: {errno}"))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(file),
-            Err(Errno::WOULDBLOCK) => Err("images are being made there: try again later".into()),
-            Err(errno) => {
-                Err(format!("lock {LOCK} there: {errno}: without locks it cannot be told who makes images there"))
-            }
+        let file = StdFile::from(file);
+        match try_lock(&file, Lock::Alone) {
+            Ok(true) => Ok(file),
+            Ok(false) => Err("images are being made there: try again later".into()),
+            Err(error) => Err(format!("{LOCK} there: {error}: without locks it cannot be told who makes images there")),
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::gc::{Outcome, Verdict, judge};
 use super::*;
+use crate::kernel::file_lock::{Lock, try_lock};
 use crate::kubernetes::inventory::Reference;
 
 const SQUASHFS: u64 = 2048;
@@ -166,8 +167,10 @@ fn what_a_killed_process_left_without_a_name_has_it_again() {
 #[test]
 fn nothing_goes_where_images_are_being_made() {
     let it = Fixture::new(&["a.sqsh"], &[]);
-    let lock = fs::File::create(it.directory.path().join(".lock")).unwrap();
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockShared).unwrap();
+    let path = it.directory.path().join(".lock");
+    fs::write(&path, "").unwrap();
+    let lock = fs::File::open(path).unwrap();
+    assert!(try_lock(&lock, Lock::Shared).unwrap());
     let told = it.collect(&named(&[]), &named(&[]));
     assert!(matches!(&told[..], [(_, Outcome::Kept(why))] if why.contains("being made")), "{told:?}");
     drop(lock);
