@@ -39,7 +39,10 @@ impl Location {
             return tails(mine).any(|mine| tails(its).any(|its| covers(mine, its)));
         }
         let least = components(mine).min(components(its));
-        names_path(last(mine, least), last(its, least))
+        let end = last(mine, least);
+        // One that begins with a star would be any.
+        let is_told = end.len() == mine.len() || !end.split('/').nth(1).is_some_and(|first| first.contains('*'));
+        is_told && names_path(end, last(its, least))
     }
 }
 
@@ -126,6 +129,8 @@ mod tests {
             ("/images/a.sqsh", "/images/xa.sqsh", false),
             ("/images/*/*-1.sqsh", "/images/team/tools-1.sqsh", true),
             ("/images/*/*-1.sqsh", "/images/team/tools-2.sqsh", false),
+            ("/images/*/*.sqsh", "/srv/images/team/a.sqsh", true),
+            ("/images/*/*.sqsh", "/images/a.sqsh", false),
         ] {
             assert_eq!(Location::of_file(named).may_be(path), expected, "{named} {path}");
         }
