@@ -18,6 +18,8 @@ const IMAGES: &str = "images";
 const IMAGES_AT: &str = "/images";
 /// Where a Job has the specification of its pod.
 const POD: &str = "/spec/template/spec";
+/// How many seconds a Job must be there after its end: as long as external-provisioner waits until it asks again, at the most.
+const LASTING: u64 = 300;
 /// The most bytes of what a Job said that are repeated.
 const LAST_WORDS: usize = 500;
 
@@ -44,6 +46,12 @@ impl JobTemplate {
         let containers = job.data.pointer(&format!("{POD}/containers"));
         if !containers.and_then(|containers| containers.get(0)).is_some_and(Value::is_object) {
             return Err("it has no spec.template.spec.containers".into());
+        }
+        if let Some(seconds) = job.data["spec"]["ttlSecondsAfterFinished"].as_u64().filter(|seconds| *seconds < LASTING)
+        {
+            return Err(format!(
+                "spec.ttlSecondsAfterFinished is {seconds}, and must be {LASTING} at least: external-provisioner asks again by then"
+            ));
         }
         let digest = Sha256::digest(text).to_vec();
         Ok(JobTemplate { driver_name: driver_name.to_owned(), job, namespace, digest })
@@ -283,6 +291,7 @@ spec:
             ("spec:", "spec: ["),
             ("batch/v1", "v1"),
             ("kind: Job", "kind: Pod"),
+            ("Finished: 600", "Finished: 60"),
         ] {
             JobTemplate::parse("squashfs.csi.dev", &TEMPLATE.replacen(old, new, 1)).unwrap_err();
         }
