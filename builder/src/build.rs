@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::entries::Limits;
 use super::image::{Blobs, Image, Platform, digest_of, hexadecimal};
 use super::pack::{Layer, pack, plan};
+use super::sign::Key;
 use super::source::Source;
 use super::squashfs::Format;
 use super::store::{Made, Store, check_name};
@@ -24,6 +25,8 @@ pub struct Builder {
     pub format: Format,
     pub limits: Limits,
     pub platform: Platform,
+    /// By which what is made is signed.
+    pub key: Option<Key>,
     /// The most layers of a stack.
     pub most_layers: usize,
     /// Where layers lie while they are read.
@@ -67,6 +70,11 @@ impl Builder {
             "{} is there: give each version a name of its own",
             self.store.path(&file).display()
         );
+        if self.key.is_some() {
+            let (beside, root) = (format!("{file}.root"), self.root_hash(&file)? + "\n");
+            self.store.make(&beside, |new| Ok(fs::write(new, &root)?))?;
+            self.sign(&beside, &root)?;
+        }
         Ok(Built::Flat(file))
     }
 
@@ -76,6 +84,7 @@ impl Builder {
         let name = name.unwrap_or_else(|| format!("{}-{}", blobs.name(), &digits[..12]));
         check_name(&name)?;
         if let Some(stack) = self.there(&name, &image.digest)? {
+            self.sign(&format!("{name}.json"), &text_of(&stack)?)?;
             image.layers.iter().try_for_each(|layer| blobs.look_for(layer))?;
             eprintln!("{name}.json: was there");
             return Ok(Built::Stack { name, stack });
@@ -121,6 +130,7 @@ impl Builder {
         }
         let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
         let stack = self.keep(&name, stack, &image.digest)?;
+        self.sign(&format!("{name}.json"), &text_of(&stack)?)?;
         Ok(Built::Stack { name, stack })
     }
 
@@ -153,7 +163,7 @@ impl Builder {
     /// Another builder may have been faster: then it is his.
     fn keep(&self, name: &str, stack: Stack, digest: &str) -> Result<Stack> {
         let file = format!("{name}.json");
-        let text = serde_json::to_string_pretty(&stack).context("write the stack")? + "\n";
+        let text = text_of(&stack)?;
         match self.store.make(&file, |new| Ok(fs::write(new, text)?))? {
             Made::Now => Ok(stack),
             Made::Before => self.there(name, digest)?.with_context(|| {
@@ -161,6 +171,24 @@ impl Builder {
                 format!("{} is there, and names layers that are not, or other ones by now: delete it", path.display())
             }),
         }
+    }
+
+    /// Puts beside a file, of which this is the content, its signature.
+    fn sign(&self, file: &str, content: &str) -> Result<()> {
+        let Some(key) = &self.key else { return Ok(()) };
+        let signature = format!("{file}.minisig");
+        let made = self.store.make(&signature, |new| Ok(fs::write(new, key.sign(file, content.as_bytes())?)?))?;
+        let (file, signature) = (self.store.path(file), self.store.path(&signature));
+        // What lies there is believed by it: it is what was looked at, by the byte.
+        let there = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+        ensure!(there == content, "{} is not as this program writes it, and is not signed", file.display());
+        if made == Made::Before {
+            let there = fs::read_to_string(&signature).with_context(|| format!("read {}", signature.display()))?;
+            key.check(&there, content.as_bytes()).with_context(|| {
+                format!("{} is there, and of another key or content: delete it", signature.display())
+            })?;
+        }
+        Ok(())
     }
 
     fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
@@ -176,6 +204,10 @@ impl Builder {
         let read = || Ok::<_, anyhow::Error>(hexadecimal_of(&verify(&File::open(&path)?)?));
         read().with_context(|| format!("verify {}", path.display()))
     }
+}
+
+fn text_of(stack: &Stack) -> Result<String> {
+    Ok(serde_json::to_string_pretty(stack).context("write the stack")? + "\n")
 }
 
 /// A layer that lies above itself, as empty ones do, has the same effect alone; overlayfs takes none twice.

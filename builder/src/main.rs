@@ -12,6 +12,7 @@ mod members;
 mod pack;
 mod plan;
 mod registry;
+mod sign;
 mod source;
 mod squashfs;
 mod store;
@@ -29,6 +30,7 @@ use build::{Builder, Built, Stack};
 use entries::Limits;
 use image::Platform;
 use registry::Access;
+use sign::Key;
 use source::Source;
 use squashfs::Format;
 use store::Store;
@@ -67,6 +69,9 @@ struct Arguments {
     /// The most layers of a stack, which are those of an overlay of the driver: of more, the uppermost are made one
     #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
     max_layers: u16,
+    /// Sign what is made, by a secret key of minisign(1) without a password, so that nodes verify it by its public key
+    #[arg(long, value_name = "FILE")]
+    sign_key: Option<PathBuf>,
     /// Where layers lie while they are read [default: the system's directory for temporary files]
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
@@ -107,6 +112,7 @@ fn run(arguments: Arguments) -> Result<()> {
         limits,
         most_layers: if *flat { 1 } else { arguments.max_layers.into() },
         platform: platform.clone(),
+        key: arguments.sign_key.as_deref().map(Key::read).transpose()?,
         work,
     };
     let built = builder.build(source, name.clone())?;

@@ -204,6 +204,9 @@ spec:
             {{- if .Values.builder.registrySecret }}
             - --authfile=/etc/registry/.dockerconfigjson
             {{- end }}
+            {{- if .Values.builder.signingSecret }}
+            - --sign-key=/etc/signing/minisign.key
+            {{- end }}
             {{- with .Values.builder.extraArgs }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -223,6 +226,11 @@ spec:
               mountPath: /etc/registry
               readOnly: true
             {{- end }}
+            {{- if .Values.builder.signingSecret }}
+            - name: signing
+              mountPath: /etc/signing
+              readOnly: true
+            {{- end }}
             {{- with .Values.builder.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -234,6 +242,11 @@ spec:
         {{- end }}
         {{- with .Values.builder.registrySecret }}
         - name: registry
+          secret:
+            secretName: {{ . }}
+        {{- end }}
+        {{- with .Values.builder.signingSecret }}
+        - name: signing
           secret:
             secretName: {{ . }}
         {{- end }}
