@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::entries::Limits;
 use super::image::{Blobs, Image, Platform, digest_of, hexadecimal};
 use super::pack::{Layer, pack, plan};
+use super::progress;
 use super::sign::Key;
 use super::source::Source;
 use super::squashfs::Format;
@@ -193,7 +194,8 @@ impl Builder {
 
     fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
         let plan = plan(tars, is_more, self.limits)?;
-        self.format.make(image, |out| pack(&plan, tars, self.limits, out))?;
+        let bar = progress::bar("write the squashfs", None);
+        self.format.make(image, |out| pack(&plan, tars, self.limits, bar.wrap_write(out)))?;
         let file = File::options().read(true).write(true).open(image).context("open the image")?;
         seal(&file).map(drop).context("seal the image")
     }

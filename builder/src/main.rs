@@ -11,6 +11,7 @@ mod layout;
 mod members;
 mod pack;
 mod plan;
+mod progress;
 mod registry;
 mod sign;
 mod source;

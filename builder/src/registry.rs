@@ -15,6 +15,7 @@ use oci_client::{Reference, RegistryOperation, manifest};
 use tokio::runtime::Runtime;
 
 use super::image::Blobs;
+use super::progress;
 
 /// How long a registry may say nothing.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -91,13 +92,14 @@ impl Registry {
 
     async fn write(&self, layer: &OciDescriptor, mut file: File) -> Result<()> {
         let mut stream = self.client.pull_blob_stream(&self.reference, layer).await?;
-        let mut size = 0;
+        let (mut size, bar) = (0, progress::bar(&layer.digest, u64::try_from(layer.size).ok()));
         while let Some(bytes) = stream.next().await {
             // The digest is that of the layer, or the last read fails.
             let bytes = bytes?;
             size += bytes.len() as i64;
             ensure!(size <= layer.size, "it has more than the {} bytes that the manifest says", layer.size);
             file.write_all(&bytes)?;
+            bar.inc(bytes.len() as u64);
         }
         ensure!(size == layer.size, "it has {size} bytes, and not {}", layer.size);
         Ok(())
