@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use tonic::Code;
 
 use super::harness::image::Tree;
 use super::harness::nfs_server::Link;
 use super::harness::node::in_time;
-use super::harness::{Driver, Volume, run};
+use super::harness::{Driver, Volume, run, wait_for};
 use super::server;
 use super::verity::{Keys, root_of};
 
@@ -89,6 +90,38 @@ fn an_index_is_mounted_as_an_overlay_of_its_layers_and_layers_are_shared_by_imag
     for volume in [&one, &writable, &other, &directory] {
         driver.unstage(volume).unwrap();
     }
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn a_pod_with_copied_layers_starts_without_their_server() {
+    fs::create_dir_all("/images/team").unwrap();
+    make_layers();
+    let driver = Driver::start_with(&["--cache-quota=1Gi", "--cache-min-free=1Mi", "--timeout=20"], None);
+    let copies = || {
+        let of = [format!("--driver-name={}", driver.name), format!("--data-dir={}", driver.data_dir().display())];
+        let listed = Command::new(&driver.binary).args(["cache", "list", "--output=json"]).args(of).output().unwrap();
+        let listed: serde_json::Value = serde_json::from_slice(&listed.stdout).unwrap();
+        listed.as_array().unwrap().iter().filter(|copy| copy["digest"].is_string()).count()
+    };
+    let of = |id: &str| volume(id, "team/tools.json", &[("cache", "node")]);
+    let (first, later) = (of("first"), of("later"));
+    shows_both(&driver.mount(&first, "first").unwrap());
+    wait_for("the index and both layers to be copied", || copies() == 3);
+    driver.unpublish(&first, "first").unwrap();
+    driver.unstage(&first).unwrap();
+    let link = Link::cut();
+    shows_both(&in_time("a pod that starts without the server", || driver.mount(&later, "later").unwrap()));
+    driver.unpublish(&later, "later").unwrap();
+    driver.unstage(&later).unwrap();
+    link.restore();
+    // Of an index that is another by now, the copy is of the past.
+    index("tools", &["base.sqsh"]);
+    let target = driver.mount(&of("last"), "last").unwrap();
+    assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "base");
+    driver.unpublish(&of("last"), "last").unwrap();
+    driver.unstage(&of("last")).unwrap();
     driver.assert_nothing_left();
 }
 

@@ -2,8 +2,10 @@
 
 use std::os::unix::fs::FileExt;
 
+use super::local::Opened;
 use super::prepare::Preparer;
-use super::prepared::Known;
+use super::prepared::{Known, PreparedBase};
+use crate::blocking::OffThread;
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::Image;
 use crate::kernel::{self, Doing};
@@ -30,14 +32,18 @@ impl Preparer {
                 format!("image {} is an index of layers: a digest and a root hash are those of one file", spec.path);
             return Err(Error::new(Kind::InvalidArgument, message));
         }
-        let (base, image) = self.open_image(spec, known, None).await?;
-        let path = spec.path.clone();
-        let text = run_at(base.places(), format!("read index {path}"), move || read(&image, &path, MAX)).await?;
+        let (base, image) = self.open_index(spec, known).await?;
+        let (path, places) = (spec.path.clone(), base.as_ref().and_then(PreparedBase::places));
+        let text = run_at(places, format!("read index {path}"), move || read(&image, &path, MAX)).await?;
         let wrong = |kind, why: &str| Error::new(kind, format!("image {} of {}: {why}", spec.path, spec.base));
         let mut layers = index::parse(&text).map_err(|why| wrong(Kind::FailedPrecondition, &why))?;
         match spec.verity {
             Some(_) => {
-                self.check_signed(spec, &base, &spec.path, &text).await?;
+                let Some(base) = &base else {
+                    let why = "its signature is on its server, which does not answer";
+                    return Err(wrong(Kind::Unavailable, why));
+                };
+                self.check_signed(spec, base, &spec.path, &text).await?;
                 if let Some(layer) = layers.iter().find(|layer| layer.verity.is_none()) {
                     let why = format!("it is signed, and names no root hash of its layer {}", layer.name);
                     return Err(wrong(Kind::FailedPrecondition, &why));
@@ -47,6 +53,21 @@ impl Preparer {
             None => layers.iter_mut().for_each(|layer| layer.verity = None),
         }
         Ok(layers.iter().map(|layer| spec.layer(layer)).collect())
+    }
+
+    /// The index, on its server or on this node.
+    async fn open_index(&self, spec: &Loopback, known: &[Known]) -> Result<(Option<PreparedBase>, OffThread<Image>)> {
+        let opened = self.open_image(spec, known, None);
+        let Some(name) = self.copied(spec)? else {
+            return opened.await.map(|(base, image)| (Some(base), image));
+        };
+        Ok(match self.open_or_copy(spec, &name, opened).await? {
+            Opened::OnServer(base, image) => {
+                self.copy_index(name, &image, &base).await?;
+                (Some(base), image)
+            }
+            Opened::Copied(_, copy) => (None, copy),
+        })
     }
 }
 

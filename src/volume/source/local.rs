@@ -14,11 +14,18 @@ use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image};
 use crate::metrics;
 use crate::spec::Loopback;
-use crate::step;
+use crate::step::{self, Step};
 use crate::volume::cache::{Cache, Entry, Name, Original, Source, other_bytes};
 
 /// How long a server may take to say what an image is, where there is a copy to begin with.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A file that is open.
+pub(super) enum Opened {
+    OnServer(PreparedBase, OffThread<Image>),
+    /// What the server had last.
+    Copied(Original, OffThread<Image>),
+}
 
 impl Preparer {
     /// The name of an image that is to be copied to this node.
@@ -37,32 +44,12 @@ impl Preparer {
         opened: impl Future<Output = Result<(PreparedBase, OffThread<Image>)>>,
         file_system: FileSystem,
     ) -> Result<ImageOnLoop> {
-        let opened = match self.cache.has(&name, spec.digest).await {
-            false => opened.await,
-            true => tokio::time::timeout(PATIENCE, opened).await.unwrap_or_else(|_| {
-                let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
-                Err(Error::new(Kind::Unavailable, message))
-            }),
-        };
-        let (base, image) = match opened {
-            Ok(opened) => opened,
-            Err(error) if error.kind == Kind::Unavailable => {
-                let Some((original, copy)) = self.cache.last_known(&name, spec.digest).await? else {
-                    return Err(error);
-                };
+        let (base, image) = match self.open_or_copy(spec, &name, opened).await? {
+            Opened::OnServer(base, image) => (base, image),
+            Opened::Copied(original, copy) => {
                 let root = self.root_hash(spec, None).await?;
-                metrics::cache().hits.inc();
-                tracing::warn!("{name} begins with its copy on this node: {error}");
                 let attached = self.attach(spec, copy, root, file_system, Origin::Copy).await?;
                 return Ok(ImageOnLoop { spec: spec.clone(), content: original.content(), attached });
-            }
-            Err(error) => {
-                if is_of_server(&error)
-                    && let Err(error) = self.cache.is_gone(&name).await
-                {
-                    tracing::warn!(%error, "an older copy is not marked");
-                }
-                return Err(error);
             }
         };
         let (original, content) = (Original::of(name, &image), image.content);
@@ -80,9 +67,59 @@ impl Preparer {
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }
 
-    /// Copies an image to this node, or its layers, and waits for it, whether a volume uses it or not; says what it is.
+    /// A file that is to be copied, as its server has it, or as the copy has it where that does not answer.
+    pub(super) async fn open_or_copy(
+        &self,
+        spec: &Loopback,
+        name: &Name,
+        opened: impl Future<Output = Result<(PreparedBase, OffThread<Image>)>>,
+    ) -> Result<Opened> {
+        let opened = match self.cache.has(name, spec.digest).await {
+            false => opened.await,
+            true => tokio::time::timeout(PATIENCE, opened).await.unwrap_or_else(|_| {
+                let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
+                Err(Error::new(Kind::Unavailable, message))
+            }),
+        };
+        match opened {
+            Ok((base, image)) => Ok(Opened::OnServer(base, image)),
+            Err(error) if error.kind == Kind::Unavailable => {
+                let Some((original, copy)) = self.cache.last_known(name, spec.digest).await? else {
+                    return Err(error);
+                };
+                metrics::cache().hits.inc();
+                tracing::warn!("{name} begins with its copy on this node: {error}");
+                Ok(Opened::Copied(original, copy))
+            }
+            Err(error) => {
+                if is_of_server(&error)
+                    && let Err(error) = self.cache.is_gone(name).await
+                {
+                    tracing::warn!(%error, "an older copy is not marked");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps a copy of an index, for when its server is silent: its layers have theirs.
+    pub(super) async fn copy_index(&self, name: Name, image: &Image, base: &PreparedBase) -> Result<()> {
+        let original = Original::of(name, image);
+        if self.cache.confirmed(&original, None).await?.is_none() {
+            let (cache, source) = (Arc::clone(&self.cache), self.source(original, image, base)?);
+            // What failed is logged, and tried again at the next volume.
+            let copy = async move { drop(cache.copy(source).await) };
+            tokio::spawn(Step::for_namespace(step::namespace().as_deref()).observe(copy));
+        }
+        Ok(())
+    }
+
+    /// Copies an image to this node, with its layers if it has any, and waits for it, whether a volume uses it or not; says what it is.
     pub async fn warm(&self, spec: &Loopback) -> Result<Vec<Entry>> {
         let mut copies = Vec::new();
+        if spec.is_index() {
+            copies.push(self.warm_one(spec).await?);
+        }
         for layer in self.layers(spec, &[]).await? {
             copies.push(self.warm_one(&layer).await?);
         }
