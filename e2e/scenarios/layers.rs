@@ -98,7 +98,15 @@ fn an_index_is_mounted_as_an_overlay_of_its_layers_and_layers_are_shared_by_imag
 fn a_pod_with_copied_layers_starts_without_their_server() {
     fs::create_dir_all("/images/team").unwrap();
     make_layers();
-    let driver = Driver::start_with(&["--cache-quota=1Gi", "--cache-min-free=1Mi", "--timeout=20"], None);
+    let keys = Keys::none();
+    let policy = format!("trustedKeys: [{}]", keys.make("ours"));
+    let roots = ["base.sqsh", "upper.sqsh"].map(|name| root_of(&["seal", &format!("/images/team/{name}")]));
+    let text = serde_json::json!({
+        "layers": ["base.sqsh", "upper.sqsh"], "verity": {"base.sqsh": roots[0], "upper.sqsh": roots[1]}
+    });
+    fs::write("/images/team/tools.json", text.to_string()).unwrap();
+    keys.sign("ours", Path::new("/images/team/tools.json"));
+    let driver = Driver::start_with(&["--cache-quota=1Gi", "--cache-min-free=1Mi", "--timeout=20"], Some(&policy));
     let copies = || {
         let of = [format!("--driver-name={}", driver.name), format!("--data-dir={}", driver.data_dir().display())];
         let listed = Command::new(&driver.binary).args(["cache", "list", "--output=json"]).args(of).output().unwrap();
@@ -106,15 +114,22 @@ fn a_pod_with_copied_layers_starts_without_their_server() {
         listed.as_array().unwrap().iter().filter(|copy| copy["digest"].is_string()).count()
     };
     let of = |id: &str| volume(id, "team/tools.json", &[("cache", "node")]);
-    let (first, later) = (of("first"), of("later"));
-    shows_both(&driver.mount(&first, "first").unwrap());
+    let signed = |id: &str| volume(id, "team/tools.json", &[("cache", "node"), ("verity", "signed")]);
+    let shown = |volume: &Volume| {
+        shows_both(&in_time("a pod", || driver.mount(volume, "pod").unwrap()));
+        (driver.verified_devices(), driver.unpublish(volume, "pod").unwrap(), driver.unstage(volume).unwrap()).0
+    };
+    assert_eq!(shown(&of("first")), 0);
     wait_for("the index and both layers to be copied", || copies() == 3);
-    driver.unpublish(&first, "first").unwrap();
-    driver.unstage(&first).unwrap();
     let link = Link::cut();
-    shows_both(&in_time("a pod that starts without the server", || driver.mount(&later, "later").unwrap()));
-    driver.unpublish(&later, "later").unwrap();
-    driver.unstage(&later).unwrap();
+    assert_eq!(shown(&of("later")), 0);
+    let error = in_time("a pod without the signature", || driver.mount(&signed("unknown"), "pod")).unwrap_err();
+    assert!(error.code() == Code::Unavailable && error.message().contains("tools.json.minisig"), "{error}");
+    link.restore();
+    assert_eq!(shown(&signed("first")), 2);
+    wait_for("the signature to be copied", || copies() == 4);
+    let link = Link::cut();
+    assert_eq!(shown(&signed("later")), 2);
     link.restore();
     // Of an index that is another by now, the copy is of the past.
     index("tools", &["base.sqsh"]);

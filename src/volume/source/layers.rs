@@ -39,11 +39,7 @@ impl Preparer {
         let mut layers = index::parse(&text).map_err(|why| wrong(Kind::FailedPrecondition, &why))?;
         match spec.verity {
             Some(_) => {
-                let Some(base) = &base else {
-                    let why = "its signature is on its server, which does not answer";
-                    return Err(wrong(Kind::Unavailable, why));
-                };
-                self.check_signed(spec, base, &spec.path, &text).await?;
+                self.check_signed(spec, base.as_ref(), &spec.path, &text).await?;
                 if let Some(layer) = layers.iter().find(|layer| layer.verity.is_none()) {
                     let why = format!("it is signed, and names no root hash of its layer {}", layer.name);
                     return Err(wrong(Kind::FailedPrecondition, &why));
@@ -63,7 +59,7 @@ impl Preparer {
         };
         Ok(match self.open_or_copy(spec, &name, opened).await? {
             Opened::OnServer(base, image) => {
-                self.copy_index(name, &image, &base).await?;
+                self.copy_small(name, &image, &base).await?;
                 (Some(base), image)
             }
             Opened::Copied(_, copy) => (None, copy),

@@ -102,8 +102,8 @@ impl Preparer {
         }
     }
 
-    /// Keeps a copy of an index, for when its server is silent: its layers have theirs.
-    pub(super) async fn copy_index(&self, name: Name, image: &Image, base: &PreparedBase) -> Result<()> {
+    /// Keeps a copy of a small file that belongs to images, for when its server is silent: they have theirs.
+    pub(super) async fn copy_small(&self, name: Name, image: &Image, base: &PreparedBase) -> Result<()> {
         let original = Original::of(name, image);
         if self.cache.confirmed(&original, None).await?.is_none() {
             let (cache, source) = (Arc::clone(&self.cache), self.source(original, image, base)?);

@@ -5,33 +5,28 @@ use minisign_verify::{PublicKey, Signature};
 use super::layers;
 use super::prepare::{Preparer, symlinks};
 use super::prepared::PreparedBase;
+use crate::blocking::OffThread;
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::Image;
 use crate::kernel::verity::RootHash;
+use crate::places::run_at;
 use crate::spec::{Loopback, Verity};
 
 /// What a root hash or a signature may have: each is a few lines.
 const MAX: usize = 4096;
 
 impl Preparer {
-    /// By what the kernel is to verify an image on this base, `None` where the volume does not ask for it.
+    /// By what the kernel is to verify an image, `None` where the volume does not ask for it. Where the image is a copy, as its server does not
+    /// answer, it has no base.
     pub(super) async fn root_hash(&self, spec: &Loopback, base: Option<&PreparedBase>) -> Result<Option<RootHash>> {
-        match (spec.verity, base) {
-            (None, _) => Ok(None),
-            (Some(Verity::Root(root)), _) => Ok(Some(root)),
-            (Some(Verity::Signed), Some(base)) => self.signed_root_hash(spec, base).await.map(Some),
-            (Some(Verity::Signed), None) => {
-                let message = format!(
-                    "image {}: its signed root hash is on its server, which does not answer: a volume that names the hash itself \
-                     begins with its copy",
-                    spec.path
-                );
-                Err(Error::new(Kind::Unavailable, message))
-            }
+        match spec.verity {
+            None => Ok(None),
+            Some(Verity::Root(root)) => Ok(Some(root)),
+            Some(Verity::Signed) => self.signed_root_hash(spec, base).await.map(Some),
         }
     }
 
-    async fn signed_root_hash(&self, spec: &Loopback, base: &PreparedBase) -> Result<RootHash> {
+    async fn signed_root_hash(&self, spec: &Loopback, base: Option<&PreparedBase>) -> Result<RootHash> {
         let file = format!("{}.root", spec.path);
         let root = self.beside(spec, base, &file).await?;
         self.check_signed(spec, base, &file, &root).await?;
@@ -46,7 +41,7 @@ impl Preparer {
     pub(super) async fn check_signed(
         &self,
         spec: &Loopback,
-        base: &PreparedBase,
+        base: Option<&PreparedBase>,
         file: &str,
         content: &[u8],
     ) -> Result<()> {
@@ -64,11 +59,36 @@ impl Preparer {
         }
     }
 
-    /// A small file beside an image.
-    async fn beside(&self, spec: &Loopback, base: &PreparedBase, file: &str) -> Result<Vec<u8>> {
-        let (path, symlinks) = (file.to_owned(), symlinks(&spec.base, spec.symlinks));
-        let read = move |base: &_| layers::read(&Image::open(base, &path, symlinks)?, &path, MAX);
-        self.below(base, format!("read {file}"), read).await
+    /// A small file beside an image, which is copied to the node as the image is.
+    async fn beside(&self, spec: &Loopback, base: Option<&PreparedBase>, file: &str) -> Result<Vec<u8>> {
+        let small = Loopback { path: file.to_owned(), digest: None, verity: None, ..spec.clone() };
+        let (path, copied) = (file.to_owned(), self.copied(&small)?);
+        let Some(base) = base else {
+            let copy = match &copied {
+                Some(name) => self.cache.last_known(name, None).await?,
+                None => None,
+            };
+            let Some((_, copy)) = copy else {
+                let message = format!(
+                    "image {}: {file} is on its server, which does not answer, and has no copy on this node: a volume that names the \
+                     root hash itself begins without",
+                    spec.path
+                );
+                return Err(Error::new(Kind::Unavailable, message));
+            };
+            return run_at(None, format!("read the copy of {file}"), move || layers::read(&copy, &path, MAX)).await;
+        };
+        let symlinks = symlinks(&spec.base, spec.symlinks);
+        let read = move |base: &_| {
+            let image = Image::open(base, &path, symlinks)?;
+            let text = layers::read(&image, &path, MAX)?;
+            Ok((OffThread::new(image), text))
+        };
+        let (image, text) = self.below(base, format!("read {file}"), read).await?;
+        if let Some(name) = copied {
+            self.copy_small(name, &image, base).await?;
+        }
+        Ok(text)
     }
 }
 
