@@ -8,6 +8,7 @@ mod harness;
 mod bad_input;
 mod copies;
 mod grammar;
+mod hostpath;
 mod killed;
 mod layers;
 mod moved;

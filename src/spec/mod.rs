@@ -35,6 +35,8 @@ pub use parsed::{Allowed, Parsed};
 
 /// The parameter that holds a JSON `mount` object.
 pub const MOUNT_SPEC: &str = "mountSpec";
+/// The parameter that names a directory of the node in place of a server and its share.
+const HOST_PATH: &str = "hostPath";
 /// The deepest nesting of mounts accepted in one spec.
 pub const MAX_DEPTH: usize = 8;
 /// The most lower layers accepted in one overlay: their names must fit into one mount option of 256 bytes.

@@ -57,7 +57,7 @@ fn the_default_allows_any_server_and_nothing_of_the_node() {
 }
 
 #[test]
-fn a_policy_may_require_the_root_hash_of_images_on_exports() {
+fn a_policy_may_require_the_root_hash_of_each_image_that_lies_in_no_other() {
     let root = "ab".repeat(32);
     let on_export = |further: &str| {
         let base = format!(r#""base":"mount","mount":{}"#, nfs("h", "/x", "hard"));
@@ -66,7 +66,15 @@ fn a_policy_may_require_the_root_hash_of_images_on_exports() {
     let policy = "requireVerity: true\nhostPaths: true";
     assert_denied(policy, &on_export(""), "/attach/attach/loopback/verity");
     assert_allowed(policy, &on_export(&format!(r#","verity":"{root}""#)));
-    assert_allowed(policy, &loopback_root("/srv/a.sqsh"));
+    let verified = format!(r#""verity":"{root}","base":"root""#);
+    assert_denied(policy, &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/verity");
+    assert_allowed(policy, &loopback_root("/srv/a.sqsh").replace(r#""base":"root""#, &verified));
+    let bound = r#""base":"mount","mount":{"kind":"bind","bind":{"path":"srv","base":"root"}}"#;
+    let loopback =
+        |base: &str| image("squashfs", &format!(r#"{{"kind":"loopback","loopback":{{"path":"a",{base}}}}}"#));
+    assert_denied(policy, &loopback(bound), "/attach/attach/loopback/verity");
+    let outer = loopback(&verified);
+    assert_allowed(policy, &loopback(&format!(r#""base":"mount","mount":{outer}"#)));
     assert_allowed("namespaces: [{names: [a], policy: {requireVerity: true}}]", &on_export(""));
 }
 

@@ -43,7 +43,7 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
             measured(file_system.name(), || kernel.mount(new))
         }
         // What is the node's own is shown to pods, and never given to them.
-        Prepared::Bind { base: PreparedBase::HostRoot(root), path, recursive, .. } => {
+        Prepared::Bind { base: PreparedBase::HostRoot(root, _), path, recursive, .. } => {
             let directory = open_directory_beneath(&**root, path, Symlinks::Refused)?;
             kernel.bind(directory.as_fd(), *recursive, attributes(true))
         }

@@ -34,7 +34,10 @@ impl Preparer {
         // It may have been moved there since it was written down.
         let copy = Name::of(&known.image).map(|name| Original::new(name, known.content, key.identity.changed).id());
         let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
-        let unknown = self.exports.places_of_unknown();
+        let unknown = match known.image.base.is_of_the_node() {
+            true => self.exports.places_of_the_node(),
+            false => self.exports.places_of_unknown(),
+        };
         let look = move || {
             let is_copy = |attached: &Attached| copy.is_some() && cache.below(attached) == copy;
             let is_it = |attached: &Attached| {

@@ -168,7 +168,7 @@ impl Preparer {
 
     async fn base(&self, base: &Base, known: &[Known], read_only: bool) -> Result<PreparedBase> {
         Ok(match base {
-            Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root)),
+            Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root), self.exports.places_of_the_node()),
             Base::Mount(mount) => PreparedBase::Mount(Box::new(self.mount(mount, known, read_only).await?)),
         })
     }

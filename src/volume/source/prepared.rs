@@ -153,7 +153,7 @@ fn path_of(verified: Option<&VerifiedDevice>, device: &LoopDevice) -> PathBuf {
 
 #[derive(Clone)]
 pub enum PreparedBase {
-    HostRoot(Arc<OwnedFd>),
+    HostRoot(Arc<OwnedFd>, Places),
     Mount(Box<Prepared>),
 }
 
@@ -228,7 +228,7 @@ impl Prepared {
         match self {
             Prepared::Nfs { mount, .. } => vec![mount],
             Prepared::Bind { base: PreparedBase::Mount(base), .. } => base.exports_shown(),
-            Prepared::Bind { base: PreparedBase::HostRoot(_), .. } | Prepared::FileSystem { .. } => Vec::new(),
+            Prepared::Bind { base: PreparedBase::HostRoot(..), .. } | Prepared::FileSystem { .. } => Vec::new(),
             Prepared::Overlay { lower, .. } => lower.iter().flat_map(Prepared::exports_shown).collect(),
         }
     }
@@ -251,15 +251,15 @@ impl PreparedBase {
     fn images(&self) -> Vec<Known> {
         match self {
             PreparedBase::Mount(mount) => mount.images(),
-            PreparedBase::HostRoot(_) => Vec::new(),
+            PreparedBase::HostRoot(..) => Vec::new(),
         }
     }
 
-    /// The places of the server that is asked by who opens a file below this base.
+    /// The places of whom is asked by who opens a file below this base.
     pub fn places(&self) -> Option<Places> {
         match self {
             PreparedBase::Mount(mount) => mount.places(),
-            PreparedBase::HostRoot(_) => None,
+            PreparedBase::HostRoot(_, places) => Some(places.clone()),
         }
     }
 }
