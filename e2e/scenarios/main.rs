@@ -15,6 +15,7 @@ mod moved;
 mod operations;
 mod outage;
 mod prefetch;
+mod sif;
 mod story;
 mod strangers;
 mod verity;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::error::{SpecError, quote, unknown};
-use super::{Attach, Device, Mount};
+use super::{Attach, Device, FsType, Mount};
 
 /// The parameters, in either form.
 pub(super) const CACHE: &str = "cache";
@@ -94,6 +94,8 @@ pub enum Verity {
     Signed,
 }
 
+pub(super) const NOT_OF_SIF: &str = "is not for \"sif\": a hash tree is that of a whole file, and of a SIF a part is mounted. Seal a squashfs image in its place";
+
 /// [`Verity::Signed`] as a user writes it.
 const SIGNED: &str = "signed";
 
@@ -151,9 +153,9 @@ impl ImageParameters {
 
     /// Applies it to the images of a mount that lie on exports, and the root hash also to those on file systems of the node.
     pub fn apply(self, mount: &mut Mount) -> Result<(), SpecError> {
-        let (mut on_exports, mut of_the_node, mut other) = (0, 0, None);
+        let (mut on_exports, mut of_the_node, mut other, mut is_sif) = (0, 0, None, false);
         mount.visit_mut(&mut |mount| {
-            if let Mount::Attach(Attach { device: Device::Loopback(image), .. }) = mount
+            if let Mount::Attach(Attach { device: Device::Loopback(image), fs_type, .. }) = mount
                 && (image.base.export().is_some() || image.base.is_of_the_node())
             {
                 if image.base.is_of_the_node() {
@@ -162,11 +164,15 @@ impl ImageParameters {
                     on_exports += 1;
                     (image.cache, image.digest, image.prefetch) = (self.cache, self.digest, self.prefetch);
                 }
+                is_sif |= *fs_type == FsType::Sif;
                 if let Some(root) = self.verity {
                     other = image.verity.replace(root).filter(|before| *before != root).or(other);
                 }
             }
         });
+        if is_sif && self.verity.is_some() {
+            return Err(SpecError::invalid(VERITY, "", NOT_OF_SIF));
+        }
         if let Some(other) = other {
             return Err(SpecError::invalid(VERITY, "", format!("contradicts that of \"mountSpec\", {other}")));
         }

@@ -151,7 +151,7 @@ pub struct Attach {
     pub device: Device,
 }
 
-/// The file systems an image may hold.
+/// The file systems an image may hold, `sif` being a squashfs in an image of Apptainer.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, Eq, Hash, JsonSchema, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "lowercase")]
 pub enum FsType {
@@ -159,22 +159,24 @@ pub enum FsType {
     Erofs,
     Ext4,
     Xfs,
+    Sif,
 }
 
 impl FsType {
-    pub const ALL: [FsType; 4] = [FsType::Squashfs, FsType::Erofs, FsType::Ext4, FsType::Xfs];
+    pub const ALL: [FsType; 5] = [FsType::Squashfs, FsType::Erofs, FsType::Ext4, FsType::Xfs, FsType::Sif];
 
-    /// The kernel's name of the file system.
+    /// The kernel's name of the file system, or that of the format which has it inside.
     pub fn as_str(self) -> &'static str {
         match self {
             FsType::Squashfs => "squashfs",
             FsType::Erofs => "erofs",
             FsType::Ext4 => "ext4",
             FsType::Xfs => "xfs",
+            FsType::Sif => "sif",
         }
     }
 
-    /// Reads the kernel's name of a file system.
+    /// Reads what [`Self::as_str`] writes.
     pub fn parse(text: &str) -> Result<FsType, String> {
         let known = FsType::ALL.map(FsType::as_str);
         let found = FsType::ALL.into_iter().find(|fs_type| fs_type.as_str() == text);

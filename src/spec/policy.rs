@@ -80,7 +80,7 @@ impl Default for Policy {
             servers: None,
             host_paths: Paths::All(false),
             local_devices: Paths::All(false),
-            fs_types: vec![FsType::Squashfs, FsType::Erofs],
+            fs_types: vec![FsType::Squashfs, FsType::Erofs, FsType::Sif],
             nfs_versions: NfsVersion::ALL.into(),
             nfs_options: None,
             required_nfs_options: Vec::new(),

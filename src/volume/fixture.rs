@@ -89,6 +89,11 @@ impl Node {
         )
     }
 
+    /// The same of another type.
+    pub fn image_of_type(&self, fs_type: &str) -> String {
+        self.image("").replace("squashfs", fs_type)
+    }
+
     /// The JSON of an export of the server.
     pub fn nfs(&self, path: &str) -> String {
         self.nfs_at("127.0.0.1", path)

@@ -15,6 +15,7 @@ use crate::error::Kind;
 use crate::kernel::Kernel;
 use crate::kernel::loop_device::Tag;
 use crate::kernel::mount::{NewMount, open_directory};
+use crate::kernel::sif;
 use crate::kernel::verity::{self, hexadecimal};
 use crate::spec::parameters::parse_attributes;
 
@@ -681,6 +682,28 @@ async fn an_image_of_the_node_is_verified_and_what_does_not_fit_is_told() {
     assert!(abnormal.contains("other bytes than its root hash says"), "{abnormal}");
     node.volumes.unpublish("v", &target).await.unwrap();
     node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn of_a_sif_a_part_is_attached_and_found_again_by_the_next_process() {
+    let mut node = Node::new().await;
+    let sif = sif::example(&squashfs(4096), 36864, 1);
+    std::fs::write(node.kernel.export().join("image.sqsh"), &sif).unwrap();
+    let (of_sif, of_squashfs) = (node.image_of_type("sif"), node.image(""));
+    node.volumes.stage("v", &node.allowed(&of_sif)).await.unwrap();
+    node.publish("v", &of_sif, "pod").await.unwrap();
+    let log = node.log();
+    assert!(log.contains(&"loop0: 4096 bytes at 36864 of an image of 40960 bytes".to_owned()), "{log:?}");
+    assert!(log.contains(&"mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]".to_owned()), "{log:?}");
+    let error = node.publish("w", &of_squashfs, "other").await.unwrap_err();
+    assert!(error.message.contains("it is sif; name that as the file system type"), "{error}");
+    // What the mount of the pod holds.
+    let held = node.kernel.loop_devices(&Tag::new("test.csi.dev")).unwrap();
+    node.restart();
+    node.stop_server().await;
+    node.publish("v", &of_sif, "later").await.unwrap();
+    drop(held);
+    assert_eq!(node.kernel.live_loop_devices(), [0]);
 }
 
 #[tokio::test]

@@ -189,6 +189,14 @@ fn a_host_path_is_an_image_of_the_node_s_root_directory_and_has_nothing_of_nfs()
 }
 
 #[test]
+fn a_sif_is_named_as_a_file_system_and_not_verified() {
+    let sif = flat_with(&[("fsType", "sif"), ("cache", "node"), ("prefetch", "all")], &[]).unwrap();
+    assert_eq!(sif.mount().sources(), ["a/b.sqsh (sif) of nfs:/images (nfs 4.2)"]);
+    let error = flat_with(&[("fsType", "sif"), ("verity", "signed")], &[]).unwrap_err();
+    assert!(error.parameter == "verity" && error.message.contains("not for \"sif\""), "{error}");
+}
+
+#[test]
 fn a_host_path_is_denied_unless_the_policy_allows_it_and_its_root_hash_may_be_required() {
     let of = |policy: &str, more: &[(&str, &str)]| {
         let policy = crate::spec::policy::Policy::parse(policy).unwrap();

@@ -101,6 +101,8 @@ fn file_systems_for_trusted_images_only_are_denied_by_default() {
     let device = r#"{"kind":"loopback","loopback":{"path":"a","base":"mount","mount":
         {"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
     assert_allowed("{}", &image("erofs", device));
+    assert_allowed("{}", &image("sif", device));
+    assert_denied("fsTypes: [squashfs]", &image("sif", device), "/attach/fs_type");
     assert_denied("{}", &image("ext4", device), "/attach/fs_type");
     assert_allowed("fsTypes: [ext4]", &image("ext4", device));
     assert_denied("fsTypes: [ext4]", &image("squashfs", device), "/attach/fs_type");
@@ -183,7 +185,7 @@ fn mistakes_of_the_admin_are_told_at_once() {
         ("servers: [{host: a, exports: [/a/../b]}]", "/servers/0/exports/0", "\"..\""),
         ("hostPaths: maybe", "/hostPaths", "true, false or a list of paths"),
         ("hostPaths: [srv]", "/hostPaths/0", "not an absolute path"),
-        ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs"),
+        ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs, sif"),
         ("nfsOptions: ['tmeo=*']", "/nfsOptions/0", "did you mean \"timeo\"?"),
         ("nfsVersions: ['4']", "/nfsVersions/0", "known values: 3, 4.0, 4.1, 4.2"),
         ("nfsVersions: [4.1]", "/nfsVersions/0", "expected a string"),

@@ -25,7 +25,7 @@ impl Preparer {
             Some(Verity::Root(root)) => verity == Some(root),
             Some(Verity::Signed) => verity.is_some(),
         };
-        if !is_as_named {
+        if !is_as_named || key.is_sif != (file_system == FileSystem::Sif) {
             return Ok(None);
         }
         if let Some(attached) = self.images.find(&key) {
@@ -52,7 +52,7 @@ impl Preparer {
             }
             let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
             let Attached { device, identity, .. } = attached;
-            let key = ImageKey { identity, verity };
+            let key = ImageKey { identity, ..key };
             // Its superblock is there: nothing is read.
             let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
             Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))

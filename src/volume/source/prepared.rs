@@ -82,17 +82,23 @@ pub struct Known {
     pub key: ImageKey,
 }
 
-/// Which image is attached, and how: one that is verified shares nothing with one that is not.
+/// Which image is attached, and how: one that is verified shares nothing with one that is not, nor the whole with a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ImageKey {
     pub identity: ImageIdentity,
     pub verity: Option<RootHash>,
+    /// What is mounted is a part of the file; none that is verified is.
+    pub is_sif: bool,
 }
 
 impl ImageKey {
     /// What the loop device of the image is for.
     pub fn purpose(&self) -> Purpose {
-        if self.verity.is_some() { Purpose::Verity } else { Purpose::FileSystem }
+        match (self.verity, self.is_sif) {
+            (Some(_), _) => Purpose::Verity,
+            (None, true) => Purpose::Sif,
+            (None, false) => Purpose::FileSystem,
+        }
     }
 }
 
@@ -118,12 +124,12 @@ impl AttachedImage {
         mark: &Mark,
         origin: Origin,
     ) -> kernel::Result<Self> {
-        let ImageKey { identity, verity } = key;
+        let ImageKey { identity, verity, .. } = key;
         let verify =
             |root: RootHash| measured("verity", || kernel.verified_device(&device, identity.size, &root, mark.tag()));
         let verified = verity.map(verify).transpose()?;
         let path = path_of(verified.as_ref(), &device);
-        let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;
+        let mount = measured(file_system.kernel_name(), || kernel.mount(file_system.on(&path, false)))?;
         Ok(AttachedImage {
             key,
             _mount: mount,
