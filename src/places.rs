@@ -1,7 +1,7 @@
-//! How many threads may wait for NFS servers: a dead server takes some, and never those of another.
+//! How many threads may wait for NFS servers, and for the node's own file systems: a dead one takes some, and never those of another.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::oneshot;
@@ -17,6 +17,9 @@ const SERVER: usize = 16;
 const ALL: usize = 128;
 /// For the pods of one namespace.
 const NAMESPACE: usize = 32;
+
+/// No server's address.
+const THE_NODE: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 /// All places of a process.
 #[derive(Debug, Default)]
@@ -60,6 +63,11 @@ impl Places {
         Places { table: Arc::clone(table), servers: Arc::new([server].into()) }
     }
 
+    /// For the file systems that the node itself has mounted, any of which may hang as a server does: together they count as one.
+    pub fn of_the_node(table: &Arc<Table>) -> Self {
+        Places::new(table, THE_NODE)
+    }
+
     /// Those of all servers that something asks; `None` where it asks none.
     pub fn of_all(places: impl IntoIterator<Item = Places>) -> Option<Places> {
         places.into_iter().reduce(|one, other| Places {
@@ -77,7 +85,11 @@ impl Places {
         let step = step.into();
         let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
         let place = take(&self.table, user, &step).await;
-        let servers = self.servers.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ");
+        let name = |server: &IpAddr| match *server {
+            THE_NODE => "file systems of this node".to_owned(),
+            server => server.to_string(),
+        };
+        let servers = self.servers.iter().map(name).collect::<Vec<_>>().join(" ");
         blocking::run_for(&servers, step, move || {
             let _place = place;
             work()
@@ -269,6 +281,17 @@ mod tests {
         }
         assert_eq!(pits.taken(), SERVER);
         ask_a_good_one(&good).await;
+    }
+
+    #[tokio::test]
+    async fn file_systems_of_the_node_that_hang_take_no_place_of_a_server() {
+        let pits = Pits::new();
+        let node = Places::of_the_node(&pits.table);
+        for _ in 0..2 * SERVER {
+            pits.ask(&node, None).await;
+        }
+        assert_eq!(pits.taken(), SERVER);
+        ask_a_good_one(&pits.places(1)).await;
     }
 
     #[tokio::test]

@@ -40,9 +40,49 @@ impl Tree {
         image
     }
 
+    /// As Apptainer writes it: the definition, then the squashfs at a page, then what is signed.
+    pub fn sif(&self, image: impl Into<PathBuf>) -> PathBuf {
+        let image = image.into();
+        let squashfs = self.squashfs(image.with_extension("partition"));
+        sif(&image, &fs::read(&squashfs).unwrap(), 36864, 1);
+        fs::remove_file(squashfs).unwrap();
+        image
+    }
+
     pub fn ext4(&self, image: impl Into<PathBuf>) -> PathBuf {
         let image = image.into();
         run("mke2fs", &["-q", "-t", "ext4", "-d", self.path().to_str().unwrap(), image.to_str().unwrap(), "16M"]);
         image
     }
+}
+
+/// Writes a SIF whose primary system partition is of this type (1 is squashfs), at `offset`.
+pub fn sif(image: &Path, partition: &[u8], offset: u64, fs_type: u32) {
+    const TABLE: usize = 4096;
+    const DESCRIPTOR: usize = 585;
+    let mut sif = vec![0; TABLE + 48 * DESCRIPTOR];
+    let mut put = |at: usize, bytes: &[u8]| sif[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\x0001\x0002\0");
+    for (at, number) in [(80, 45), (88, 48), (96, TABLE), (104, 48 * DESCRIPTOR), (112, TABLE + 48 * DESCRIPTOR)] {
+        put(at, &(number as u64).to_le_bytes());
+    }
+    let behind = offset + partition.len() as u64;
+    let objects = [(0x4001u32, 32176, 4), (0x4004, offset, partition.len() as u64), (0x4005, behind, 9)];
+    for (index, (kind, at, size)) in objects.into_iter().enumerate() {
+        let descriptor = TABLE + index * DESCRIPTOR;
+        put(descriptor, &kind.to_le_bytes());
+        put(descriptor + 4, &[1]);
+        put(descriptor + 5, &(index as u32 + 1).to_le_bytes());
+        put(descriptor + 17, &at.to_le_bytes());
+        put(descriptor + 25, &size.to_le_bytes());
+        if kind == 0x4004 {
+            put(descriptor + 201, &fs_type.to_le_bytes());
+            put(descriptor + 205, &2u32.to_le_bytes());
+        }
+    }
+    sif.extend_from_slice(b"def\n");
+    sif.resize(offset as usize, 0);
+    sif.extend_from_slice(partition);
+    sif.extend_from_slice(b"signature");
+    fs::write(image, sif).unwrap();
 }

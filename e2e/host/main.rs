@@ -7,6 +7,7 @@ mod connections;
 mod history;
 mod killed;
 mod long_life;
+mod sif;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -254,7 +254,11 @@ impl Kernel for Double {
         }
         let (reader, writer) = pipe().doing(|| "make a pipe".into())?;
         let number = live.last().map_or(0, |last| last + 1);
-        self.call(format!("loop{number}: an image of {} bytes", image.identity.size), Subject::Node)?;
+        let part = match purpose {
+            Purpose::FileSystem | Purpose::Verity => String::new(),
+            Purpose::Sif => image.partition().map(|part| format!("{} bytes at {} of ", part.size, part.offset))?,
+        };
+        self.call(format!("loop{number}: {part}an image of {} bytes", image.identity.size), Subject::Node)?;
         let file = image.file.try_clone().unwrap();
         let device = Loop { tag: tag.clone(), identity: image.identity, purpose, root: [0; 32], file, users: reader };
         lock(&self.state).loop_devices.insert(number, device);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::mount::{MountAttrFlags, NewMount};
+use super::sif;
 
 /// How much of an image is read to look at its superblock.
 pub const SUPERBLOCK: usize = 2048;
@@ -14,15 +15,26 @@ pub enum FileSystem {
     Erofs,
     Ext4,
     Xfs,
+    /// A squashfs in a part of the image: see [`sif`].
+    Sif,
 }
 
 impl FileSystem {
-    pub const ALL: [FileSystem; 4] = [FileSystem::Squashfs, FileSystem::Erofs, FileSystem::Ext4, FileSystem::Xfs];
+    pub const ALL: [FileSystem; 5] =
+        [FileSystem::Squashfs, FileSystem::Erofs, FileSystem::Ext4, FileSystem::Xfs, FileSystem::Sif];
 
-    /// The kernel's name of it.
+    /// As users name it.
     pub fn name(self) -> &'static str {
         match self {
-            FileSystem::Squashfs => "squashfs",
+            FileSystem::Sif => "sif",
+            other => other.kernel_name(),
+        }
+    }
+
+    /// The kernel's name of what is mounted.
+    pub fn kernel_name(self) -> &'static str {
+        match self {
+            FileSystem::Squashfs | FileSystem::Sif => "squashfs",
             FileSystem::Erofs => "erofs",
             FileSystem::Ext4 => "ext4",
             FileSystem::Xfs => "xfs",
@@ -31,11 +43,11 @@ impl FileSystem {
 
     /// A mount of the file system on a block device. Reads the device where none of its mounts is left.
     pub fn on(self, device: &Path, no_exec: bool) -> NewMount {
-        let name = self.name();
+        let name = self.kernel_name();
         let new = NewMount::new(name, format!("{name} on {}", device.display()));
         let new = new.set("source", device.display()).read_only();
         let new = match self {
-            FileSystem::Squashfs | FileSystem::Erofs => new,
+            FileSystem::Squashfs | FileSystem::Sif | FileSystem::Erofs => new,
             // A journal is replayed by writing, and an image is never written. An image may ask for a panic of the node at its first
             // error; an option has the last word.
             FileSystem::Ext4 => new.flag("noload").set("errors", "continue"),
@@ -50,7 +62,8 @@ impl FileSystem {
         FileSystem::ALL.into_iter().find(|file_system| file_system.stated_size(head).is_some())
     }
 
-    /// The bytes that the superblock in `head` says the image has; `None` if it is not of this file system.
+    /// The bytes that the superblock in `head` says the image has; `None` if it is not of this file system. A SIF has its superblock elsewhere,
+    /// and its head says nothing of bytes.
     pub fn stated_size(self, head: &[u8]) -> Option<u64> {
         let bytes = |at: usize, length: usize| head.get(at..at + length);
         let little =
@@ -59,6 +72,7 @@ impl FileSystem {
         match self {
             // fs/squashfs/squashfs_fs.h: magic, version 4.0, bytes_used.
             FileSystem::Squashfs => (bytes(0, 4)? == b"hsqs" && little(28, 4)? == 4).then(|| little(40, 8))?,
+            FileSystem::Sif => sif::is_sif(head).then_some(0),
             // fs/erofs/erofs_fs.h: magic, blkszbits, blocks.
             FileSystem::Erofs => {
                 let shift = little(1024 + 12, 1)?;

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::error::{Doing, Error, Result, Subject, errno_of};
 use super::file_system::{FileSystem, SUPERBLOCK};
 use super::mount::{Symlinks, explain_escape, open_directory_beneath};
+use super::sif::{self, Partition};
 use super::verity::Tree;
 
 /// An image file that is open, and which file it is.
@@ -102,29 +103,47 @@ impl Image {
     }
 
     /// Reads the superblock and compares the size that it states with the file's; of a `sealed` image, with that of the data before its hash
-    /// tree.
+    /// tree, of a SIF with that of its partition.
     ///
     /// The errors are those of a wrong file: `EMEDIUMTYPE` where the content is not of this type or has no hash tree, `ENODATA` where there
     /// is less of it than its superblock says.
     pub fn check(&self, path: &str, file_system: FileSystem, sealed: bool) -> Result<()> {
-        let there = match sealed {
-            true => Tree::find(&self.file, self.identity.size)?.data_size(),
-            false => self.identity.size,
-        };
-        let head = self.head().map_err(|error| unreadable(path, errno_of(&error)))?;
+        if file_system == FileSystem::Sif
+            && sif::is_sif(&self.head(0).map_err(|error| unreadable(path, errno_of(&error)))?)
+        {
+            let Partition { offset, size } = self.partition()?;
+            return self.check_part(path, FileSystem::Squashfs, offset, size, " in its partition");
+        }
+        match sealed {
+            true => {
+                let there = Tree::find(&self.file, self.identity.size)?.data_size();
+                self.check_part(path, file_system, 0, there, " before its hash tree")
+            }
+            false => self.check_part(path, file_system, 0, self.identity.size, ""),
+        }
+    }
+
+    /// The part of a SIF that is mounted.
+    pub fn partition(&self) -> Result<Partition> {
+        sif::find(&self.file, self.identity.size)
+    }
+
+    /// The same for the bytes that begin at `offset` and are `there`.
+    fn check_part(&self, path: &str, file_system: FileSystem, offset: u64, there: u64, place: &str) -> Result<()> {
+        let head = self.head(offset).map_err(|error| unreadable(path, errno_of(&error)))?;
         match file_system.stated_size(&head) {
             None => Err(unreadable(path, Errno::MEDIUMTYPE).with_hint(format!(
-                "this is not a {} image: {}",
+                "this is not a {} image{place}: {}",
                 file_system.name(),
                 match FileSystem::recognise(&head) {
-                    Some(other) => format!("it is {}; name that as the file system type", other.name()),
+                    Some(other) if offset == 0 => format!("it is {}; name that as the file system type", other.name()),
+                    Some(other) => format!("it is {}", other.name()),
                     None if head.is_empty() => "the file is empty".to_owned(),
                     None => "no known superblock is in its first 2 KiB".to_owned(),
                 }
             ))),
             Some(size) if size > there => Err(unreadable(path, Errno::NODATA).with_hint(format!(
-                "the image is truncated: its superblock states {size} bytes, the file has {there}{}",
-                if sealed { " before its hash tree" } else { "" }
+                "the image is truncated: its superblock states {size} bytes, the file has {there}{place}"
             ))),
             // drivers/block/loop.c: the rest of a sector at the end cannot be read.
             Some(size) if size > there / 512 * 512 => {
@@ -140,14 +159,15 @@ impl Image {
     /// Whether what is mounted of a device with this image goes on when that gets another file (LOOP_CHANGE_FD): Linux 6.6 and newer shut
     /// down ext4 and xfs (fs/super.c, fs_bdev_mark_dead).
     pub fn is_movable(&self) -> Result<bool> {
-        let head = self.head().doing(|| "read the superblock of an image".into())?;
+        let head = self.head(0).doing(|| "read the superblock of an image".into())?;
         Ok(![FileSystem::Ext4, FileSystem::Xfs].iter().any(|it| it.stated_size(&head).is_some()))
     }
 
-    fn head(&self) -> std::io::Result<Vec<u8>> {
+    /// The first bytes of what begins at `offset`.
+    fn head(&self, offset: u64) -> std::io::Result<Vec<u8>> {
         let (mut head, mut block) = (Vec::new(), [0; SUPERBLOCK]);
         while head.len() < block.len() {
-            match self.file.read_at(&mut block, head.len() as u64)? {
+            match self.file.read_at(&mut block, offset + head.len() as u64)? {
                 0 => break,
                 length => head.extend_from_slice(&block[..length]),
             }
@@ -214,6 +234,30 @@ mod tests {
         assert!(error.to_string().contains("inside of one, at 2100 bytes"), "{error}");
         with(2100, 2048).unwrap();
         with(2560, 2100).unwrap();
+    }
+
+    #[test]
+    fn a_squashfs_in_a_sif_is_checked_as_one_that_is_all_of_the_file() {
+        let check = |content: &[u8], file_system| image(content).1.check("image", file_system, false);
+        let sif = |used| sif::example(&squashfs(used), 36864, 1);
+        check(&sif(2048), FileSystem::Sif).unwrap();
+        assert_eq!(image(&sif(2048)).1.partition().unwrap(), Partition { offset: 36864, size: 2048 });
+        for (content, file_system, errno, why) in [
+            (sif(2049), FileSystem::Sif, Errno::NODATA, "the file has 2048 in its partition"),
+            (sif(2048), FileSystem::Squashfs, Errno::MEDIUMTYPE, "it is sif; name that"),
+            (squashfs(2048), FileSystem::Sif, Errno::MEDIUMTYPE, "not a sif image: it is squashfs; name that"),
+            (
+                sif::example(&[0; 2048], 36864, 1),
+                FileSystem::Sif,
+                Errno::MEDIUMTYPE,
+                "not a squashfs image in its partition",
+            ),
+            (sif::example(&squashfs(2048), 36864, 5), FileSystem::Sif, Errno::MEDIUMTYPE, "an encrypted squashfs"),
+        ] {
+            let error = check(&content, file_system).unwrap_err();
+            assert_eq!(error.errno(), errno, "{error}");
+            assert!(error.to_string().contains(why), "{error}");
+        }
     }
 
     #[test]

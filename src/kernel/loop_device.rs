@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::{Doing, Error, Result, errno_of, last_errno};
 use super::image::{Image, ImageIdentity};
+use super::sif::Partition;
 
 /// The major number of loop devices (Documentation/admin-guide/devices.txt).
 pub const MAJOR: u32 = 7;
@@ -33,13 +34,16 @@ const WATCHED: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_secs(5);
 const EARLIER: Duration = Duration::from_millis(100);
 
-/// In the name of devices below another that verifies.
+/// In the name of devices below another that verifies, and of those that have a part of their image.
 const VERITY: &str = ":v";
+const SIF: &str = ":s";
 
 /// What stands on a device. Each claims it for itself: an image that is used both ways has two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     FileSystem,
+    /// A file system in the part of the image that [`Image::partition`] says.
+    Sif,
     /// A [`super::device_mapper::VerifiedDevice`].
     Verity,
 }
@@ -64,6 +68,7 @@ impl Tag {
     fn name(&self, image: &ImageIdentity, purpose: Purpose) -> String {
         let purpose = match purpose {
             Purpose::FileSystem => "",
+            Purpose::Sif => SIF,
             Purpose::Verity => VERITY,
         };
         format!("{}:{:x}:{:x}{purpose}", self.0, image.size, image.changed)
@@ -72,10 +77,16 @@ impl Tag {
     fn read(&self, info: &loop_info64) -> Option<(ImageIdentity, Purpose)> {
         let name = info.lo_file_name.split(|&byte| byte == 0).next()?;
         let rest = std::str::from_utf8(name).ok()?.strip_prefix(&self.0)?.strip_prefix(':')?;
-        let (rest, purpose) = match rest.strip_suffix(VERITY) {
-            Some(rest) => (rest, Purpose::Verity),
-            None => (rest, Purpose::FileSystem),
+        let (rest, purpose) = match (rest.strip_suffix(VERITY), rest.strip_suffix(SIF)) {
+            (Some(rest), _) => (rest, Purpose::Verity),
+            (_, Some(rest)) => (rest, Purpose::Sif),
+            _ => (rest, Purpose::FileSystem),
         };
+        // Whatever its name says: one of a part is never taken for one of the whole, nor the other way.
+        let is_whole = (info.lo_offset, info.lo_sizelimit) == (0, 0);
+        if is_whole == (purpose == Purpose::Sif) {
+            return None;
+        }
         let (size, changed) = rest.split_once(':')?;
         let identity = ImageIdentity {
             device: info.lo_device,
@@ -121,16 +132,20 @@ impl LoopDevice {
                 return Ok(device);
             }
         }
+        let part = match purpose {
+            Purpose::FileSystem | Purpose::Verity => None,
+            Purpose::Sif => Some(image.partition()?),
+        };
         let flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
-        Self::configure_free(&image.file, flags, &tag.name(&image.identity, purpose))
+        Self::configure_free(&image.file, flags, part, &tag.name(&image.identity, purpose))
     }
 
     /// A new device of a file that is written to through it. It carries no mark: nobody looks for it.
     pub(super) fn writable(file: &File) -> Result<Self> {
-        Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, "csi-squashfs-scratch")
+        Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, None, "csi-squashfs-scratch")
     }
 
-    /// Puts a copy of the device's image in its place, under whoever reads in it.
+    /// Puts a copy of the device's image in its place, under whoever reads in it. A device of a part keeps where that is.
     ///
     /// The kernel waits for the reads that are under way, for however long, and whoever asks the device anything waits with it: a moment is
     /// looked for in which there are none, or in which they are being answered. `EBUSY` where there is no such moment.
@@ -167,7 +182,7 @@ impl LoopDevice {
         Err(error.with_hint("reads of it wait for their server"))
     }
 
-    fn configure_free(file: &File, flags: u32, name: &str) -> Result<Self> {
+    fn configure_free(file: &File, flags: u32, part: Option<Partition>, name: &str) -> Result<Self> {
         let control = open_control()?;
         let mut config = loop_config {
             fd: file.as_raw_fd() as u32,
@@ -177,6 +192,9 @@ impl LoopDevice {
             __reserved: [0; 8],
         };
         config.info.lo_flags = flags;
+        if let Some(Partition { offset, size }) = part {
+            (config.info.lo_offset, config.info.lo_sizelimit) = (offset, size);
+        }
         config.info.lo_file_name[..name.len()].copy_from_slice(name.as_bytes());
 
         let (mut last, start) = (Errno::BUSY, Instant::now());
@@ -379,6 +397,23 @@ mod tests {
         assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::Verity)));
         let name = tag.name(&identity, Purpose::FileSystem);
         assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::FileSystem)));
+    }
+
+    #[test]
+    fn a_device_of_a_part_is_none_of_the_whole_whatever_its_name_says() {
+        let identity = ImageIdentity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
+        let tag = Tag::new("squashfs.csi.dev");
+        for purpose in [Purpose::FileSystem, Purpose::Verity, Purpose::Sif] {
+            let name = tag.name(&identity, purpose);
+            assert!(name.len() < 64, "{name}");
+            for part in [(0, 0), (36864, 4096), (36864, 0), (0, 4096)] {
+                let mut info = info(&name);
+                (info.lo_offset, info.lo_sizelimit) = part;
+                let is_whole = part == (0, 0);
+                let expected = (is_whole != (purpose == Purpose::Sif)).then_some((identity, purpose));
+                assert_eq!(tag.read(&info), expected);
+            }
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod nfs;
 pub mod overlay;
 pub mod page_cache;
 pub mod scratch;
+pub mod sif;
 pub mod sock_diag;
 pub mod support;
 pub mod thread;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::error::{SpecError, quote, unknown};
-use super::{Attach, Device, Mount};
+use super::{Attach, Device, FsType, Mount};
 
 /// The parameters, in either form.
 pub(super) const CACHE: &str = "cache";
@@ -94,6 +94,8 @@ pub enum Verity {
     Signed,
 }
 
+pub(super) const NOT_OF_SIF: &str = "is not for \"sif\": a hash tree is that of a whole file, and of a SIF a part is mounted. Seal a squashfs image in its place";
+
 /// [`Verity::Signed`] as a user writes it.
 const SIGNED: &str = "signed";
 
@@ -149,31 +151,54 @@ impl ImageParameters {
         Ok(ImageParameters { cache: cache.or(digest.map(|_| Cache::Node)), digest, verity, prefetch })
     }
 
-    /// Applies it to the images of a mount that lie on exports.
+    /// Applies it to the images of a mount that lie on exports, and the root hash also to those on file systems of the node.
     pub fn apply(self, mount: &mut Mount) -> Result<(), SpecError> {
-        let (mut images, mut other) = (0, None);
+        let (mut on_exports, mut of_the_node, mut other, mut is_sif) = (0, 0, None, false);
         mount.visit_mut(&mut |mount| {
-            if let Mount::Attach(Attach { device: Device::Loopback(image), .. }) = mount
-                && image.base.export().is_some()
+            if let Mount::Attach(Attach { device: Device::Loopback(image), fs_type, .. }) = mount
+                && (image.base.export().is_some() || image.base.is_of_the_node())
             {
-                images += 1;
-                (image.cache, image.digest, image.prefetch) = (self.cache, self.digest, self.prefetch);
+                if image.base.is_of_the_node() {
+                    of_the_node += 1;
+                } else {
+                    on_exports += 1;
+                    (image.cache, image.digest, image.prefetch) = (self.cache, self.digest, self.prefetch);
+                }
+                is_sif |= *fs_type == FsType::Sif;
                 if let Some(root) = self.verity {
                     other = image.verity.replace(root).filter(|before| *before != root).or(other);
                 }
             }
         });
+        if is_sif && self.verity.is_some() {
+            return Err(SpecError::invalid(VERITY, "", NOT_OF_SIF));
+        }
         if let Some(other) = other {
             return Err(SpecError::invalid(VERITY, "", format!("contradicts that of \"mountSpec\", {other}")));
         }
-        let of_one = [(DIGEST, self.digest.is_some()), (VERITY, self.verity.is_some())];
-        match of_one.into_iter().find(|(_, is_given)| *is_given) {
-            Some((name, _)) if images != 1 => {
-                let message = format!("is that of one image on an export, and the volume has {images}");
-                Err(SpecError::invalid(name, "", message))
-            }
-            _ => Ok(()),
+        // Implied by a digest, which is told first.
+        let of_exports = [
+            (DIGEST, self.digest.is_some()),
+            (CACHE, self.cache == Some(Cache::Node)),
+            (PREFETCH, self.prefetch.is_some_and(|prefetch| prefetch != Prefetch::None)),
+        ];
+        if let Some((name, _)) =
+            of_exports.into_iter().find(|(_, is_given)| *is_given && on_exports == 0 && of_the_node > 0)
+        {
+            let message =
+                "is for images on NFS exports: what lies on a file system of the node is neither copied nor read ahead";
+            return Err(SpecError::invalid(name, "", message));
         }
+        let all = on_exports + of_the_node;
+        for (name, is_given, images, place) in
+            [(DIGEST, self.digest.is_some(), on_exports, " on an export"), (VERITY, self.verity.is_some(), all, "")]
+        {
+            if is_given && images != 1 {
+                let message = format!("is that of one image{place}, and the volume has {images}");
+                return Err(SpecError::invalid(name, "", message));
+            }
+        }
+        Ok(())
     }
 }
 

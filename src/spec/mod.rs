@@ -36,6 +36,8 @@ pub use parsed::{Allowed, Parsed};
 
 /// The parameter that holds a JSON `mount` object.
 pub const MOUNT_SPEC: &str = "mountSpec";
+/// The parameter that names a directory of the node in place of a server and its share.
+const HOST_PATH: &str = "hostPath";
 /// The deepest nesting of mounts accepted in one spec.
 pub const MAX_DEPTH: usize = 8;
 /// The most lower layers accepted in one overlay: their names must fit into one mount option of 256 bytes.
@@ -150,7 +152,7 @@ pub struct Attach {
     pub device: Device,
 }
 
-/// The file systems an image may hold.
+/// The file systems an image may hold, `sif` being a squashfs in an image of Apptainer.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, Eq, Hash, JsonSchema, Ord, PartialEq, PartialOrd)]
 #[serde(rename_all = "lowercase")]
 pub enum FsType {
@@ -158,22 +160,24 @@ pub enum FsType {
     Erofs,
     Ext4,
     Xfs,
+    Sif,
 }
 
 impl FsType {
-    pub const ALL: [FsType; 4] = [FsType::Squashfs, FsType::Erofs, FsType::Ext4, FsType::Xfs];
+    pub const ALL: [FsType; 5] = [FsType::Squashfs, FsType::Erofs, FsType::Ext4, FsType::Xfs, FsType::Sif];
 
-    /// The kernel's name of the file system.
+    /// The kernel's name of the file system, or that of the format which has it inside.
     pub fn as_str(self) -> &'static str {
         match self {
             FsType::Squashfs => "squashfs",
             FsType::Erofs => "erofs",
             FsType::Ext4 => "ext4",
             FsType::Xfs => "xfs",
+            FsType::Sif => "sif",
         }
     }
 
-    /// Reads the kernel's name of a file system.
+    /// Reads what [`Self::as_str`] writes.
     pub fn parse(text: &str) -> Result<FsType, String> {
         let known = FsType::ALL.map(FsType::as_str);
         let found = FsType::ALL.into_iter().find(|fs_type| fs_type.as_str() == text);

@@ -3,7 +3,7 @@
 
 use super::error::{SpecError, quote};
 use super::source::{Source, check_pattern};
-use super::{MOUNT_SPEC, pattern, text};
+use super::{HOST_PATH, MOUNT_SPEC, pattern, text};
 
 const IMAGES_FROM_CLAIM: &str = "imagesFromClaim";
 const IMAGES_FROM_SOURCE: &str = "imagesFromSource";
@@ -73,21 +73,27 @@ impl MayName {
         Ok(())
     }
 
-    /// By this claim, of a namespace and a name; `None` where claims may name nothing.
+    /// By this claim, of a namespace and a name; `None` where claims may name nothing. `is_beside` says which parameters the StorageClass has
+    /// besides.
     pub(super) fn by(
         self,
         claim: Option<(&str, &str)>,
-        beside_mount_spec: bool,
+        is_beside: impl Fn(&str) -> bool,
     ) -> Result<Option<NamingClaim>, SpecError> {
         let parameter = match &self {
+            MayName { sources: Some(_), .. } if is_beside(HOST_PATH) => IMAGES_FROM_SOURCE,
             MayName { image: Some(_), .. } => IMAGES_FROM_CLAIM,
             MayName { sources: Some(_), .. } => IMAGES_FROM_SOURCE,
             _ => return Ok(None),
         };
         let invalid = |message: String| SpecError::invalid(parameter, "", message);
-        if beside_mount_spec {
-            let form = "it is for the flat form, with server and share";
+        if is_beside(MOUNT_SPEC) {
+            let form = "it is for the flat form, with server and share, or hostPath";
             return Err(invalid(format!("stands beside {}: {form}", quote(MOUNT_SPEC))));
+        }
+        if parameter == IMAGES_FROM_SOURCE && is_beside(HOST_PATH) {
+            let why = "the Job that makes an image mounts the NFS share that it writes to: name server and share";
+            return Err(invalid(format!("stands beside {}: {why}", quote(HOST_PATH))));
         }
         let Some((namespace, name)) = claim else {
             let message = "external-provisioner names the claim only with --extra-create-metadata";

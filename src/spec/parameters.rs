@@ -1,16 +1,16 @@
 //! The attributes of a volume: a JSON `mount` object in `mountSpec`, or the flat form that covers one image on one
-//! export.
+//! export, or on a file system that the node has mounted.
 
 use std::collections::BTreeMap;
 
-use super::error::{SpecError, unknown};
+use super::error::{SpecError, quote, unknown};
 use super::image_parameters::{CACHE, DIGEST, ImageParameters, PREFETCH, VERITY};
 use super::mount_options::{self, MountOptions};
 use super::parsed::{Form, Parsed};
 use super::source::Source;
 use super::{
-    Attach, Base, Device, FsType, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json,
-    options, quantity, text,
+    Attach, Base, Device, FsType, HOST_PATH, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper,
+    json, options, quantity, text,
 };
 
 /// The parameter that says whether symlinks are followed, in either form.
@@ -26,6 +26,7 @@ pub(super) const KNOWN: &[&str] = &[
     MOUNT_SPEC,
     "server",
     "share",
+    HOST_PATH,
     "image",
     SOURCE,
     "fsType",
@@ -41,6 +42,9 @@ pub(super) const KNOWN: &[&str] = &[
     mount_options::PARAMETER,
 ];
 
+/// What says where an export is and how to mount it.
+const OF_EXPORTS: &[&str] = &["server", "share", "nfsVersion", "nfsOptions"];
+
 pub(super) const BESIDE_IMAGE: &str = "stands beside \"image\": a volume names the one or the other";
 
 /// What Kubernetes and its sidecars put beside our parameters.
@@ -49,7 +53,7 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// Reads a volume's attributes and mount options. `attributes` is a map of strings, by reference.
 ///
 /// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required, or else `source`, the
-/// container image that it was made of), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
+/// container image that it was made of; `hostPath`, a directory of the node, in place of `server` and `share`), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
 /// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
@@ -66,6 +70,9 @@ pub fn parse_attributes<'a>(
     mount_options.extend(attributes.remove(mount_options::PARAMETER));
     let mount_options = mount_options::parse(&mount_options)?;
     let symlinks = match attributes.remove(SYMLINKS).as_deref() {
+        Some("follow") if attributes.contains_key(HOST_PATH) => {
+            return Err(invalid(SYMLINKS, "none is followed below \"hostPath\": leave it out, or say \"refuse\""));
+        }
         None | Some("follow") => Symlinks::Follow,
         Some(REFUSE) => Symlinks::Refuse,
         Some(other) => return Err(invalid(SYMLINKS, unknown("value", other, &["follow", REFUSE]))),
@@ -102,29 +109,36 @@ pub(super) fn canonical<'a>(
 fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<Parsed, SpecError> {
     let get = |name: &'static str| attributes.get(name).map(|value| value.trim());
     let need = |name: &'static str| {
-        let missing = "is required: the flat form needs server, share and image; else use \"mountSpec\"";
+        let missing =
+            "is required: the flat form needs server and share, or hostPath, and image; else use \"mountSpec\"";
         get(name).filter(|value| !value.is_empty()).ok_or_else(|| invalid(name, missing))
     };
-    let (server, share) = (need("server")?, need("share")?);
+    let (directory, base) = match get(HOST_PATH) {
+        Some(directory) => {
+            if let Some(other) = OF_EXPORTS.iter().find(|name| attributes.contains_key(**name)) {
+                let message = format!(
+                    "stands beside {}: an image lies on an NFS export (server and share) or on a file system that the node has mounted \
+                     (hostPath)",
+                    quote(other)
+                );
+                return Err(invalid(HOST_PATH, message));
+            }
+            (text::absolute(directory).map_err(at(HOST_PATH))?, Base::Root)
+        }
+        None => {
+            let nfs = nfs(need("server")?, need("share")?, attributes, options)?;
+            (String::new(), Base::Mount(Box::new(Mount::Nfs(nfs))))
+        }
+    };
     let image = match (get("image"), get(SOURCE)) {
         (Some(_), Some(_)) => return Err(invalid(SOURCE, BESIDE_IMAGE)),
         (None, Some(source)) => Source::parse(source).map_err(at(SOURCE))?.image(),
         _ => text::relative(need("image")?).map_err(at("image"))?,
     };
     if image.is_empty() {
-        return Err(invalid("image", "names no file: the path of the image below the share"));
+        return Err(invalid("image", "names no file: the path of the image below the share, or below \"hostPath\""));
     }
-    let version = get("nfsVersion").map(NfsVersion::parse).transpose();
-    let own: Result<_, String> =
-        mount_options::list(get("nfsOptions").unwrap_or_default()).map(options::parse).collect();
-    let nfs = Nfs {
-        host: text::host(server).map_err(at("server"))?,
-        path: text::absolute(share).map_err(at("share"))?,
-        read_only: true,
-        version: version.and_then(|version| options.version_for(version)).map_err(at("nfsVersion"))?,
-        options: own.and_then(|own| options.merge_into(own)).map_err(at("nfsOptions"))?,
-    };
-    let base = Base::Mount(Box::new(Mount::Nfs(nfs)));
+    let image = text::relative(&format!("{directory}/{image}")).map_err(at("image"))?;
     let image = Mount::Attach(Attach {
         fs_type: get("fsType").map_or(Ok(FsType::Squashfs), FsType::parse).map_err(at("fsType"))?,
         no_exec: options.no_exec,
@@ -134,7 +148,27 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         Upper::None => image,
         upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
     };
+    options.check_use(&mount)?;
     Ok(Parsed::new(mount, Vec::new(), Form::Flat))
+}
+
+fn nfs(
+    server: &str,
+    share: &str,
+    attributes: &BTreeMap<&str, String>,
+    options: &MountOptions,
+) -> Result<Nfs, SpecError> {
+    let get = |name: &'static str| attributes.get(name).map(|value| value.trim());
+    let version = get("nfsVersion").map(NfsVersion::parse).transpose();
+    let own: Result<_, String> =
+        mount_options::list(get("nfsOptions").unwrap_or_default()).map(options::parse).collect();
+    Ok(Nfs {
+        host: text::host(server).map_err(at("server"))?,
+        path: text::absolute(share).map_err(at("share"))?,
+        read_only: true,
+        version: version.and_then(|version| options.version_for(version)).map_err(at("nfsVersion"))?,
+        options: own.and_then(|own| options.merge_into(own)).map_err(at("nfsOptions"))?,
+    })
 }
 
 /// The container image by which a volume with these attributes names its image.

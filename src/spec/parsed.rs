@@ -5,7 +5,7 @@ use std::ops::Deref;
 use super::error::SpecError;
 use super::image_parameters::{ImageParameters, VERITY};
 use super::policy::Policy;
-use super::{MOUNT_SPEC, Mount, Symlinks};
+use super::{HOST_PATH, MOUNT_SPEC, Mount, Symlinks};
 
 /// A spec that was read, and what its author should know about it. Whether it is allowed is another question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +91,7 @@ fn flat_parameter(pointer: &str) -> &'static str {
         ("/nfs/version", "nfsVersion"),
         ("/fs_type", "fsType"),
         ("/loopback/verity", VERITY),
+        ("/loopback/path", HOST_PATH),
         ("/upper/kind", "overlay"),
         ("/upper/size", "overlaySize"),
     ] {

@@ -1,6 +1,6 @@
 //! What the driver would do for a spec, in words, for people who want to see it before it happens.
 
-use super::{Base, Bind, Device, Mount, Nfs, Overlay, Upper, Verity};
+use super::{Base, Bind, Device, FsType, Mount, Nfs, Overlay, Upper, Verity};
 
 /// The steps in order, one line each, without numbers.
 pub fn plan(mount: &Mount) -> Vec<String> {
@@ -14,6 +14,10 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
     match mount {
         Mount::Attach(attach) => {
             let exec = if attach.no_exec { ",noexec" } else { "" };
+            let fs_type = match attach.fs_type {
+                FsType::Sif => FsType::Squashfs,
+                other => other,
+            };
             match &attach.device {
                 Device::Loopback(loopback) => {
                     let file = beneath(steps, &loopback.base, &loopback.path);
@@ -23,12 +27,13 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                         steps.extend(loopback.verity.map(|_| {
                             "verify each block of them by the root hashes of the index, which is signed".to_owned()
                         }));
-                        steps.push(format!("mount each: {} (ro,nosuid,nodev{exec})", attach.fs_type));
+                        steps.push(format!("mount each: {fs_type} (ro,nosuid,nodev{exec})"));
                         steps.push("stack overlay: the layers, upper: none".to_owned());
                         return;
                     }
                     steps.push(format!("open {file}"));
-                    steps.push("attach it read-only to a loop device".to_owned());
+                    let what = if attach.fs_type == FsType::Sif { "the squashfs in it" } else { "it" };
+                    steps.push(format!("attach {what} read-only to a loop device"));
                     steps.extend(loopback.verity.map(|verity| match verity {
                         Verity::Root(_) => format!("verify each block of it by the root hash {verity}"),
                         Verity::Signed => "verify each block of it by the signed root hash beside it".to_owned(),
@@ -36,7 +41,7 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                 }
                 Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
             }
-            steps.push(format!("mount {} (ro,nosuid,nodev{exec})", attach.fs_type));
+            steps.push(format!("mount {fs_type} (ro,nosuid,nodev{exec})"));
         }
         Mount::Bind(bind) => add_bind(steps, bind, mount.is_writable()),
         Mount::Nfs(nfs) => steps.push(format!("mount NFS {} out of the host's sight", source(nfs))),
@@ -98,6 +103,21 @@ mod tests {
                 "attach it read-only to a loop device",
                 "mount squashfs (ro,nosuid,nodev)",
                 "stack overlay: 1 lower, upper: directory",
+                "attach at the target",
+            ]
+        );
+    }
+
+    #[test]
+    fn of_a_sif_the_squashfs_in_it_is_mounted() {
+        let spec = r#"{"kind":"attach","attach":{"fs_type":"sif","attach":{"kind":"loopback","loopback":
+            {"path":"lustre/a.sif","base":"root"}}}}"#;
+        assert_eq!(
+            plan(json::parse(spec).unwrap().mount()),
+            [
+                "open /lustre/a.sif of the node",
+                "attach the squashfs in it read-only to a loop device",
+                "mount squashfs (ro,nosuid,nodev)",
                 "attach at the target",
             ]
         );

@@ -80,7 +80,7 @@ impl Default for Policy {
             servers: None,
             host_paths: Paths::All(false),
             local_devices: Paths::All(false),
-            fs_types: vec![FsType::Squashfs, FsType::Erofs],
+            fs_types: vec![FsType::Squashfs, FsType::Erofs, FsType::Sif],
             nfs_versions: NfsVersion::ALL.into(),
             nfs_options: None,
             required_nfs_options: Vec::new(),
@@ -223,16 +223,18 @@ impl Policy {
                 Err(SpecError::denied(CACHE, "", "a copy on the node is not allowed by the policy; allowed: none"))
             }
             Device::Local { path } => self.local_devices.check(&format!("{at}/attach/local/path"), path),
-            Device::Loopback(Loopback { base: Base::Root, path, .. }) => {
-                self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))
+            Device::Loopback(Loopback { base, path, verity, .. }) => {
+                if matches!(base, Base::Root) {
+                    self.host_paths.check(&format!("{at}/attach/loopback/path"), &format!("/{path}"))?;
+                }
+                // What lies inside of a verified image is verified with it.
+                let is_outermost = base.export().is_some() || base.is_of_the_node();
+                if self.require_verity && verity.is_none() && is_outermost {
+                    let message = "the policy wants the root hash of each image, which 'seal' prints";
+                    return Err(SpecError::denied(MOUNT_SPEC, &format!("{at}/attach/loopback/verity"), message));
+                }
+                Ok(())
             }
-            Device::Loopback(image)
-                if self.require_verity && image.verity.is_none() && image.base.export().is_some() =>
-            {
-                let message = "the policy wants the root hash of each image, which 'seal' prints";
-                Err(SpecError::denied(MOUNT_SPEC, &format!("{at}/attach/loopback/verity"), message))
-            }
-            Device::Loopback(Loopback { base: Base::Mount(_), .. }) => Ok(()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Templates in the parameters of a StorageClass: one class serves many claims, each with its own image or directory.
 //!
-//! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`,
+//! `${pvc.metadata.name}`, `${pvc.metadata.namespace}` and `${pv.metadata.name}` are replaced in `image`, in `share`, in `hostPath`,
 //! and in every string of `mountSpec`. A value is one component of a path wherever it stands, so a claim's name cannot
 //! climb.
 //!
@@ -19,7 +19,7 @@ use super::location::Location;
 use super::naming::{self, Choice, MayName, Named, NamingClaim};
 use super::parameters::{BESIDE_IMAGE, KNOWN, REFUSE, SOURCE, SYMLINKS, canonical, parse_attributes};
 use super::source::Source;
-use super::{MOUNT_SPEC, json, text};
+use super::{HOST_PATH, MOUNT_SPEC, json, text};
 
 /// The parameter in which external-provisioner passes the claim's namespace.
 const NAMESPACE_PARAMETER: &str = "csi.storage.k8s.io/pvc/namespace";
@@ -137,9 +137,10 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
                 continue;
             }
             MOUNT_SPEC => expand_json(&value, &values, follow)?,
-            "image" | "share" => replaced(&value)?,
+            // No symlink is followed below the node's root directory, of which this is a part.
+            "image" | "share" | HOST_PATH => replaced(&value)?,
             _ if value.contains(START) => {
-                let message = "templates are only allowed in image, share and mountSpec";
+                let message = "templates are only allowed in image, share, hostPath and mountSpec";
                 return Err(SpecError::invalid(name, "", message));
             }
             _ => value,
@@ -147,7 +148,7 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         context.insert(name.to_owned(), value);
     }
     let known = values.get("pvc.metadata.namespace").zip(values.get("pvc.metadata.name"));
-    let claim = may_name.by(known.map(|(namespace, name)| (*namespace, *name)), context.contains_key(MOUNT_SPEC))?;
+    let claim = may_name.by(known.map(|(namespace, name)| (*namespace, *name)), |name| context.contains_key(name))?;
     if claim.is_some() || templated {
         context.entry(SYMLINKS.to_owned()).or_insert_with(|| REFUSE.to_owned());
     }
@@ -316,6 +317,30 @@ mod tests {
         let mine = Named::read("driver", |name| (name == "driver/image").then(|| "mine.sqsh".to_owned()));
         let context = class(&claim).unwrap().with_what_is_named(Some(&mine)).unwrap().context;
         assert_eq!((context["share"].as_str(), context["image"].as_str()), ("/a", "team/mine.sqsh"));
+    }
+
+    #[test]
+    fn a_class_may_have_its_images_below_a_directory_of_the_node() {
+        let templated = [
+            ("HostPath", "/lustre/${pvc.metadata.namespace}"),
+            ("image", "${pvc.metadata.name}.sqsh"),
+            NAME,
+            NAMESPACE,
+        ];
+        let context = expanded(&templated).unwrap();
+        assert_eq!((&*context["hostPath"], &*context["image"]), ("/lustre/team", "data.sqsh"));
+        let parsed = crate::spec::parameters::parse_attributes(&context, &[]).unwrap();
+        assert_eq!(parsed.mount().images()[0].path, "lustre/team/data.sqsh");
+        let of_the_claim = [("hostPath", "/lustre"), ("imagesFromClaim", "*.sqsh"), NAME, NAMESPACE];
+        let mine = Named::read("driver", |name| (name == "driver/image").then(|| "mine.sqsh".to_owned()));
+        let context = class(&of_the_claim).unwrap().with_what_is_named(Some(&mine)).unwrap().context;
+        assert_eq!((&*context["image"], &*context["symlinks"]), ("mine.sqsh", "refuse"));
+        for further in [&[][..], &[("imagesFromClaim", "*")]] {
+            let of_a_source = [("hostPath", "/lustre"), ("imagesFromSource", "oci://a.b/*"), NAME, NAMESPACE];
+            let error = class(&[&of_a_source, further].concat()).unwrap_err();
+            assert_eq!(error.parameter, "imagesFromSource");
+            assert!(error.message.contains("beside \"hostPath\": the Job"), "{error}");
+        }
     }
 
     #[test]

@@ -165,6 +165,14 @@ impl Base {
         }
     }
 
+    /// Whether a file below this base lies on a file system of the node's own, itself or in a directory of it.
+    pub fn is_of_the_node(&self) -> bool {
+        match self {
+            Base::Root => true,
+            Base::Mount(mount) => matches!(&**mount, Mount::Bind(bind) if bind.base.is_of_the_node()),
+        }
+    }
+
     /// The export that a file below this base lies on, itself or in a directory of it.
     pub fn export(&self) -> Option<&Nfs> {
         match self {
@@ -212,7 +220,7 @@ mod tests {
         let images = parsed.mount().images();
         assert_eq!(images.iter().map(|image| image.path.as_str()).collect::<Vec<_>>(), ["inner", "outer"]);
         assert_eq!(images[1].base.export().unwrap().to_string(), "[fd00::2]:/a");
-        assert!(images[0].base.export().is_none());
+        assert!(images[0].base.export().is_none() && !images[0].base.is_of_the_node());
     }
 
     #[test]

@@ -38,6 +38,7 @@ impl Node {
         let (kernel, directory) = (Double::new(), tempfile::tempdir().unwrap());
         std::fs::write(kernel.export().join("image.sqsh"), squashfs(4096)).unwrap();
         std::fs::create_dir_all(directory.path().join("host/srv/tools")).unwrap();
+        std::fs::write(directory.path().join("host/srv/image.sqsh"), squashfs(4096)).unwrap();
         let listener = TcpListener::bind(("0.0.0.0", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let server = tokio::spawn(answer_null_calls(listener)).abort_handle();
@@ -73,6 +74,24 @@ impl Node {
             {{"path":"image.sqsh","base":"mount","mount":{}}}}}}}}}"#,
             self.nfs("/images")
         )
+    }
+
+    /// Where the node's root directory is seen, with an image of 4096 bytes at `srv/image.sqsh`.
+    pub fn host_root(&self) -> PathBuf {
+        self.directory.path().join("host")
+    }
+
+    /// The JSON of that image, with further fields of `loopback`.
+    pub fn image_of_the_node(&self, fields: &str) -> String {
+        format!(
+            r#"{{"kind":"attach","attach":{{"fs_type":"squashfs","attach":{{"kind":"loopback","loopback":
+            {{"path":"srv/image.sqsh","base":"root"{fields}}}}}}}}}"#
+        )
+    }
+
+    /// The same of another type.
+    pub fn image_of_type(&self, fs_type: &str) -> String {
+        self.image("").replace("squashfs", fs_type)
     }
 
     /// The JSON of an export of the server.

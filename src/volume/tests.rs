@@ -15,6 +15,8 @@ use crate::error::Kind;
 use crate::kernel::Kernel;
 use crate::kernel::loop_device::Tag;
 use crate::kernel::mount::{NewMount, open_directory};
+use crate::kernel::sif;
+use crate::kernel::verity::{self, hexadecimal};
 use crate::spec::parameters::parse_attributes;
 
 const DIRECTORY: &str = r#"{"kind":"directory"}"#;
@@ -654,6 +656,54 @@ async fn an_image_that_was_replaced_on_the_server_is_told_in_words() {
     std::fs::rename(node.kernel.export().join("next"), node.kernel.export().join("image.sqsh")).unwrap();
     let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
     assert!(abnormal.starts_with("image image.sqsh of 127.0.0.1:/images was replaced on the server"), "{abnormal}");
+}
+
+#[tokio::test]
+async fn an_image_of_the_node_that_was_replaced_is_told_in_words() {
+    let node = Node::with("hostPaths: [/srv]", Duration::from_secs(60)).await;
+    let (image, next) = (node.host_root().join("srv/image.sqsh"), node.host_root().join("srv/next"));
+    let target = node.publish("v", &node.image_of_the_node(""), "pod").await.unwrap();
+    std::fs::write(&next, squashfs(4096)).unwrap();
+    std::fs::rename(&next, &image).unwrap();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    let of = "image srv/image.sqsh of the node's root directory";
+    assert!(abnormal.starts_with(&format!("{of} was replaced: this volume keeps")), "{abnormal}");
+}
+
+#[tokio::test]
+async fn an_image_of_the_node_is_verified_and_what_does_not_fit_is_told() {
+    let node = Node::with("hostPaths: [/srv]\nrequireVerity: true", Duration::from_secs(60)).await;
+    let file = std::fs::File::options().read(true).write(true).open(node.host_root().join("srv/image.sqsh")).unwrap();
+    let root = hexadecimal(&verity::seal(&file).unwrap());
+    let target = node.publish("v", &node.image_of_the_node(&format!(r#","verity":"{root}""#)), "pod").await.unwrap();
+    assert!(node.log().contains(&format!("loop0: verified by {}", &root[..8])));
+    node.kernel.corrupt();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    assert!(abnormal.contains("other bytes than its root hash says"), "{abnormal}");
+    node.volumes.unpublish("v", &target).await.unwrap();
+    node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn of_a_sif_a_part_is_attached_and_found_again_by_the_next_process() {
+    let mut node = Node::new().await;
+    let sif = sif::example(&squashfs(4096), 36864, 1);
+    std::fs::write(node.kernel.export().join("image.sqsh"), &sif).unwrap();
+    let (of_sif, of_squashfs) = (node.image_of_type("sif"), node.image(""));
+    node.volumes.stage("v", &node.allowed(&of_sif)).await.unwrap();
+    node.publish("v", &of_sif, "pod").await.unwrap();
+    let log = node.log();
+    assert!(log.contains(&"loop0: 4096 bytes at 36864 of an image of 40960 bytes".to_owned()), "{log:?}");
+    assert!(log.contains(&"mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]".to_owned()), "{log:?}");
+    let error = node.publish("w", &of_squashfs, "other").await.unwrap_err();
+    assert!(error.message.contains("it is sif; name that as the file system type"), "{error}");
+    // What the mount of the pod holds.
+    let held = node.kernel.loop_devices(&Tag::new("test.csi.dev")).unwrap();
+    node.restart();
+    node.stop_server().await;
+    node.publish("v", &of_sif, "later").await.unwrap();
+    drop(held);
+    assert_eq!(node.kernel.live_loop_devices(), [0]);
 }
 
 #[tokio::test]

@@ -1,12 +1,13 @@
 //! From the fields that were read to a [`Mount`]: everything that their types do not say.
 
 use crate::spec::error::SpecError;
+use crate::spec::image_parameters::NOT_OF_SIF;
 use crate::spec::mount_options::MountOptions;
 use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
-    Attach, Base, Bind, Device, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks,
-    Upper, Verity, options, quantity, text,
+    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay,
+    Symlinks, Upper, Verity, options, quantity, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -67,10 +68,20 @@ impl<'a> Reader<'a> {
     }
 
     fn attach(&mut self, at: &str, Object(wire): Object<wire::MountAttach>, depth: usize) -> Result<Attach, SpecError> {
+        let device = self.device(&format!("{at}/attach"), wire.attach, depth)?;
+        match &device {
+            Device::Local { .. } if wire.fs_type == FsType::Sif => {
+                return Err(invalid(at, "/fs_type", "\"sif\" is for image files: the device must be a \"loopback\""));
+            }
+            Device::Loopback(image) if wire.fs_type == FsType::Sif && image.verity.is_some() => {
+                return Err(invalid(at, "/attach/loopback/verity", NOT_OF_SIF));
+            }
+            Device::Local { .. } | Device::Loopback(_) => {}
+        }
         Ok(Attach {
             fs_type: wire.fs_type,
             no_exec: self.options.no_exec || wire.mount_options.contains(&AttachOption::NoExec),
-            device: self.device(&format!("{at}/attach"), wire.attach, depth)?,
+            device,
         })
     }
 

@@ -181,6 +181,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "/attach/attach",
         "missing object \"local\"",
     ),
+    (
+        r#"{"kind":"attach","attach":{"fs_type":"sif","attach":{"kind":"local","local":{"path":"/dev/sda"}}}}"#,
+        "/attach/fs_type",
+        "must be a \"loopback\"",
+    ),
+    (
+        r#"{"kind":"attach","attach":{"fs_type":"sif","attach":{"kind":"loopback","loopback":{"path":"a","base":"root","verity":"signed"}}}}"#,
+        "/attach/attach/loopback/verity",
+        "not for \"sif\"",
+    ),
     (r#"{"kind":"attach","attach":{"fs_type":"squash","attach":{}}}"#, "/attach/fs_type", "did you mean \"squashfs\"?"),
     // References and definitions of containers.
     (r#"{"id":7,"kind":"nfs"}"#, "/id", "references are not supported: embed the object"),

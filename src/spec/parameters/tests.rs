@@ -105,6 +105,12 @@ fn mistakes_are_told_with_the_parameter() {
         (&[("server", "nfs"), ("share", "/")], "image", "is required"),
         (&[("server", ""), ("share", "/"), ("image", "a")], "server", "is required"),
         (&[], "server", "is required"),
+        (&[("hostPath", "/lustre")], "image", "is required"),
+        (&[("hostPath", "/lustre"), ("image", "/")], "image", "names no file"),
+        (&[("hostPath", "lustre"), ("image", "a")], "hostPath", "not an absolute path"),
+        (&[("hostPath", "/lustre/../etc"), ("image", "a")], "hostPath", "\"..\""),
+        (&[("hostPath", "/lustre"), ("image", "../a")], "image", "\"..\""),
+        (&[("hostPath", "/lustre"), ("mountSpec", SPEC)], "hostPath", "beside \"mountSpec\""),
         (&[("mountSpec", "")], "mountSpec", "EOF"),
     ] {
         let error = read(pairs, &[]).unwrap_err();
@@ -141,6 +147,70 @@ fn bad_flat_values_are_told_with_the_parameter() {
     assert_eq!(error.parameter, "overlaySize");
     let error = flat_with(&[("nfsVersion", "4.2")], &["vers=4.1"]).unwrap_err();
     assert_eq!(error.parameter, "nfsVersion");
+}
+
+#[test]
+fn a_host_path_is_an_image_of_the_node_s_root_directory_and_has_nothing_of_nfs() {
+    let json = |verity: &str| {
+        let text = r#"{"kind":"attach","attach":{"fs_type":"squashfs","attach":{"kind":"loopback","loopback":
+            {"path":"lustre/images/a/b.sqsh","base":"root"}}}}"#;
+        json::parse(&text.replace(r#""base""#, &format!("{verity}\"base\""))).unwrap().mount().clone()
+    };
+    let of = |more: &[(&str, &str)], mount_options: &[&str]| {
+        read(&[&[("hostPath", "/lustre//images/"), ("image", "a/b.sqsh")], more].concat(), mount_options)
+    };
+    assert_eq!(*of(&[], &["ro"]).unwrap().mount(), json(""));
+    let root = "ab".repeat(32);
+    let verified = of(&[("verity", &root), ("cache", "none"), ("prefetch", "none")], &[]).unwrap();
+    assert_eq!(*verified.mount(), json(&format!(r#""verity":"{root}","#)));
+    assert!(of(&[], &["noexec"]).unwrap().mount().is_no_exec());
+    assert_eq!(of(&[("symlinks", "refuse")], &[]).unwrap().mount().images()[0].symlinks, Symlinks::Refuse);
+    let source = format!("oci://a.example/b@sha256:{}", "0".repeat(64));
+    let by_source = read(&[("hostPath", "/lustre"), ("source", &source)], &[]).unwrap();
+    assert_eq!(by_source.mount().images()[0].path, format!("lustre/sha256-{}.json", "0".repeat(64)));
+
+    let digest = format!("sha256:{}", "0".repeat(64));
+    for (more, place, message) in [
+        (("server", "nfs"), "hostPath", "beside \"server\""),
+        (("share", "/images"), "hostPath", "beside \"share\""),
+        (("nfsVersion", "4.1"), "hostPath", "beside \"nfsVersion\""),
+        (("nfsOptions", "hard"), "hostPath", "beside \"nfsOptions\""),
+        (("mountOptions", "hard"), "mountOptions", "nothing in the spec is NFS"),
+        (("symlinks", "follow"), "symlinks", "none is followed below"),
+        (("cache", "node"), "cache", "neither copied nor read ahead"),
+        (("prefetch", "all"), "prefetch", "neither copied nor read ahead"),
+        (("digest", &digest), "digest", "neither copied nor read ahead"),
+    ] {
+        let error = of(&[more], &[]).unwrap_err();
+        assert_eq!(error.parameter, place, "{error}");
+        assert!(error.message.contains(message), "{error}");
+    }
+    assert_eq!(of(&[], &["nfsvers=4.1"]).unwrap_err().parameter, "mountOptions");
+}
+
+#[test]
+fn a_sif_is_named_as_a_file_system_and_not_verified() {
+    let sif = flat_with(&[("fsType", "sif"), ("cache", "node"), ("prefetch", "all")], &[]).unwrap();
+    assert_eq!(sif.mount().sources(), ["a/b.sqsh (sif) of nfs:/images (nfs 4.2)"]);
+    let error = flat_with(&[("fsType", "sif"), ("verity", "signed")], &[]).unwrap_err();
+    assert!(error.parameter == "verity" && error.message.contains("not for \"sif\""), "{error}");
+}
+
+#[test]
+fn a_host_path_is_denied_unless_the_policy_allows_it_and_its_root_hash_may_be_required() {
+    let of = |policy: &str, more: &[(&str, &str)]| {
+        let policy = crate::spec::policy::Policy::parse(policy).unwrap();
+        read(&[&[("hostPath", "/lustre/images"), ("image", "a.sqsh")], more].concat(), &[])
+            .unwrap()
+            .allowed_by(&policy, None)
+    };
+    let error = of("{}", &[]).unwrap_err();
+    assert!(error.is_denied() && error.to_string().starts_with("hostPath: path \"/lustre/images/a.sqsh\""), "{error}");
+    of("hostPaths: [/lustre]", &[]).unwrap();
+    of("hostPaths: [/lustre/images2]", &[]).unwrap_err();
+    let verified = "hostPaths: [/lustre]\nrequireVerity: true";
+    assert_eq!(of(verified, &[]).unwrap_err().parameter, "verity");
+    of(verified, &[("verity", "signed")]).unwrap();
 }
 
 #[test]

@@ -57,7 +57,7 @@ fn the_default_allows_any_server_and_nothing_of_the_node() {
 }
 
 #[test]
-fn a_policy_may_require_the_root_hash_of_images_on_exports() {
+fn a_policy_may_require_the_root_hash_of_each_image_that_lies_in_no_other() {
     let root = "ab".repeat(32);
     let on_export = |further: &str| {
         let base = format!(r#""base":"mount","mount":{}"#, nfs("h", "/x", "hard"));
@@ -66,7 +66,15 @@ fn a_policy_may_require_the_root_hash_of_images_on_exports() {
     let policy = "requireVerity: true\nhostPaths: true";
     assert_denied(policy, &on_export(""), "/attach/attach/loopback/verity");
     assert_allowed(policy, &on_export(&format!(r#","verity":"{root}""#)));
-    assert_allowed(policy, &loopback_root("/srv/a.sqsh"));
+    let verified = format!(r#""verity":"{root}","base":"root""#);
+    assert_denied(policy, &loopback_root("/srv/a.sqsh"), "/attach/attach/loopback/verity");
+    assert_allowed(policy, &loopback_root("/srv/a.sqsh").replace(r#""base":"root""#, &verified));
+    let bound = r#""base":"mount","mount":{"kind":"bind","bind":{"path":"srv","base":"root"}}"#;
+    let loopback =
+        |base: &str| image("squashfs", &format!(r#"{{"kind":"loopback","loopback":{{"path":"a",{base}}}}}"#));
+    assert_denied(policy, &loopback(bound), "/attach/attach/loopback/verity");
+    let outer = loopback(&verified);
+    assert_allowed(policy, &loopback(&format!(r#""base":"mount","mount":{outer}"#)));
     assert_allowed("namespaces: [{names: [a], policy: {requireVerity: true}}]", &on_export(""));
 }
 
@@ -93,6 +101,8 @@ fn file_systems_for_trusted_images_only_are_denied_by_default() {
     let device = r#"{"kind":"loopback","loopback":{"path":"a","base":"mount","mount":
         {"kind":"nfs","nfs":{"host":"a","path":"/"}}}}"#;
     assert_allowed("{}", &image("erofs", device));
+    assert_allowed("{}", &image("sif", device));
+    assert_denied("fsTypes: [squashfs]", &image("sif", device), "/attach/fs_type");
     assert_denied("{}", &image("ext4", device), "/attach/fs_type");
     assert_allowed("fsTypes: [ext4]", &image("ext4", device));
     assert_denied("fsTypes: [ext4]", &image("squashfs", device), "/attach/fs_type");
@@ -175,7 +185,7 @@ fn mistakes_of_the_admin_are_told_at_once() {
         ("servers: [{host: a, exports: [/a/../b]}]", "/servers/0/exports/0", "\"..\""),
         ("hostPaths: maybe", "/hostPaths", "true, false or a list of paths"),
         ("hostPaths: [srv]", "/hostPaths/0", "not an absolute path"),
-        ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs"),
+        ("fsTypes: [btrfs]", "/fsTypes/0", "known values: squashfs, erofs, ext4, xfs, sif"),
         ("nfsOptions: ['tmeo=*']", "/nfsOptions/0", "did you mean \"timeo\"?"),
         ("nfsVersions: ['4']", "/nfsVersions/0", "known values: 3, 4.0, 4.1, 4.2"),
         ("nfsVersions: [4.1]", "/nfsVersions/0", "expected a string"),

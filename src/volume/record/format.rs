@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks, index};
 
 /// What is written.
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -40,6 +40,7 @@ struct Text {
 #[derive(Serialize, Deserialize)]
 pub enum Mount {
     Attach {
+        /// `sif` from version 7 on.
         fs_type: String,
         no_exec: bool,
         device: Device,

@@ -39,6 +39,9 @@ struct Identity {
     /// Of an image that is verified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     root: Option<String>,
+    /// Of an image of which a part is mounted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    sif: bool,
 }
 
 impl Records {
@@ -47,7 +50,7 @@ impl Records {
         let identity = |known: &Known| {
             let ImageIdentity { device, inode, size, changed } = known.key.identity;
             let root = known.key.verity.map(|root| verity::hexadecimal(&root));
-            Identity { device, inode, size, changed, root }
+            Identity { device, inode, size, changed, root, sif: known.key.is_sif }
         };
         let contents = images.iter().map(|known| (known.image.clone(), known.content)).collect();
         let write = || {
@@ -120,9 +123,9 @@ fn read(path: &Path, volume_id: &str, mount: &Mount) -> io::Result<Option<Vec<Kn
     if written != *mount || images.len() != text.identities.len() {
         return Ok(None);
     }
-    let known = |((image, content), Identity { device, inode, size, changed, root }): ((_, _), Identity)| {
+    let known = |((image, content), Identity { device, inode, size, changed, root, sif }): ((_, _), Identity)| {
         let verity = root.and_then(|root| verity::read_hexadecimal(&root));
-        let key = ImageKey { identity: ImageIdentity { device, inode, size, changed }, verity };
+        let key = ImageKey { identity: ImageIdentity { device, inode, size, changed }, verity, is_sif: sif };
         Known { image, content, key }
     };
     Ok(Some(images.into_iter().zip(text.identities).map(known).collect()))

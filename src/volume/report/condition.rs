@@ -46,8 +46,7 @@ impl Conditions {
 
     /// What is wrong with the images of a published volume, in a sentence; `None` where nothing is.
     ///
-    /// Never waits longer than a few seconds for an image. Images of the node, and images inside of images, cannot change unnoticed by
-    /// the node's own people and are not looked at.
+    /// Never waits longer than a few seconds for an image. Images inside of images cannot change by themselves and are not looked at.
     pub async fn of(&self, record: &Record) -> Option<String> {
         let below = self.preparer.devices_below(record.target.clone()).await.unwrap_or_else(|error| {
             // Nothing better is known then than what the server says.
@@ -55,37 +54,49 @@ impl Conditions {
             Vec::new()
         });
         for (image, attached) in &record.images {
-            if let Some(export) = image.base.export() {
-                let devices: Vec<_> = below.iter().filter(|device| device.is_of(image, *attached)).collect();
-                if let Some(trouble) = self.preparer.digest_trouble(image, *attached).await {
-                    return Some(format!("image {} of {export} {trouble}", image.path));
-                }
-                if devices.iter().any(|device| device.is_corrupted) {
-                    return Some(format!("image {} of {export} {CORRUPTED}", image.path));
-                }
-                let now = self.look_at(image).await;
-                if now.as_ref().is_ok_and(|now| now == attached) {
-                    match lock(&self.reads).hang(&devices, Instant::now()) {
-                        true => return Some(format!("image {} of {export} {HANGS}", image.path)),
-                        false => continue,
-                    }
-                }
-                let is_local = !devices.is_empty() && devices.iter().all(|device| device.is_local());
-                let wrong = match now {
-                    Ok(now) => changed(attached, &now, is_local),
-                    Err(error) if error.kind == Kind::NotFound => Some(match is_local {
-                        true => "is gone from the server: this volume goes on with its copy on this node".to_owned(),
-                        false => "is gone from the server: what is not cached yet may be unreadable".to_owned(),
-                    }),
-                    Err(_) if is_local => None,
-                    Err(error) => Some(format!("cannot be looked at: {error}")),
-                };
-                if let Some(wrong) = wrong {
-                    return Some(format!("image {} of {export} {wrong}", image.path));
-                }
+            let (place, on_server) = match image.base.export() {
+                Some(export) => (export.to_string(), true),
+                None if image.base.is_of_the_node() => (image.base.to_string(), false),
+                None => continue,
+            };
+            if let Some(wrong) = self.of_image(image, attached, &below, on_server).await {
+                return Some(format!("image {} of {place} {wrong}", image.path));
             }
         }
         None
+    }
+
+    async fn of_image(
+        &self,
+        image: &Loopback,
+        attached: &Content,
+        below: &[Device],
+        on_server: bool,
+    ) -> Option<String> {
+        let devices: Vec<_> = below.iter().filter(|device| device.is_of(image, *attached)).collect();
+        if let Some(trouble) = self.preparer.digest_trouble(image, *attached).await {
+            return Some(trouble);
+        }
+        if devices.iter().any(|device| device.is_corrupted) {
+            return Some(CORRUPTED.into());
+        }
+        let now = self.look_at(image).await;
+        if now.as_ref().is_ok_and(|now| now == attached) {
+            let hang = on_server && lock(&self.reads).hang(&devices, Instant::now());
+            return hang.then(|| HANGS.into());
+        }
+        let is_local = !devices.is_empty() && devices.iter().all(|device| device.is_local());
+        let place = if on_server { " on the server" } else { "" };
+        match now {
+            Ok(now) => changed(attached, &now, is_local, place),
+            Err(error) if error.kind == Kind::NotFound => Some(match (on_server, is_local) {
+                (_, true) => "is gone from the server: this volume goes on with its copy on this node".to_owned(),
+                (true, false) => "is gone from the server: what is not cached yet may be unreadable".to_owned(),
+                (false, false) => "is gone: this volume keeps the file; pods that start anew have none".to_owned(),
+            }),
+            Err(_) if is_local => None,
+            Err(error) => Some(format!("cannot be looked at: {error}")),
+        }
     }
 
     async fn look_at(&self, image: &Loopback) -> Result<Content> {
@@ -134,18 +145,21 @@ impl UnansweredReads {
     }
 }
 
-fn changed(attached: &Content, now: &Content, is_local: bool) -> Option<String> {
+/// What became of an image, `place` being where: on the server, or nothing for one of the node.
+fn changed(attached: &Content, now: &Content, is_local: bool, place: &str) -> Option<String> {
     if attached == now {
         return None;
     }
     Some(if attached.inode != now.inode {
-        "was replaced on the server: this volume keeps the old file; pods that start anew get the new one".into()
+        format!("was replaced{place}: this volume keeps the old file; pods that start anew get the new one")
     } else if is_local {
-        "was written over on the server: this volume goes on with its copy on this node; pods that start anew get the new one".into()
+        format!(
+            "was written over{place}: this volume goes on with its copy on this node; pods that start anew get the new one"
+        )
     } else if now.size < attached.size {
-        format!("was truncated on the server, from {} to {} bytes: its content is damaged", attached.size, now.size)
+        format!("was truncated{place}, from {} to {} bytes: its content is damaged", attached.size, now.size)
     } else {
-        "was written over on the server: its content is damaged; publish a new version under a new file".into()
+        format!("was written over{place}: its content is damaged; publish a new version under a new file")
     })
 }
 
@@ -170,12 +184,14 @@ mod tests {
     #[test]
     fn each_way_in_which_an_image_can_change_has_its_words() {
         let attached = Content { inode: 1, size: 100, modified: 5 };
-        let words = |now| changed(&attached, &now, false).unwrap_or_default();
+        let words = |now| changed(&attached, &now, false, " on the server").unwrap_or_default();
         assert_eq!(words(attached), "");
         assert!(words(Content { inode: 2, ..attached }).contains("replaced"));
         assert!(words(Content { size: 50, ..attached }).contains("truncated on the server, from 100 to 50"));
         assert!(words(Content { modified: 6, ..attached }).contains("its content is damaged"));
-        let with_copy = changed(&attached, &Content { modified: 6, ..attached }, true).unwrap();
+        let with_copy = changed(&attached, &Content { modified: 6, ..attached }, true, " on the server").unwrap();
         assert!(with_copy.contains("goes on with its copy"), "{with_copy}");
+        let of_the_node = changed(&attached, &Content { inode: 2, ..attached }, false, "").unwrap();
+        assert!(of_the_node.starts_with("was replaced: "), "{of_the_node}");
     }
 }

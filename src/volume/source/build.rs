@@ -40,10 +40,10 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
         }
         Prepared::FileSystem { device, file_system, no_exec } => {
             let new = file_system.on(&device.path(), *no_exec).about(device.subject());
-            measured(file_system.name(), || kernel.mount(new))
+            measured(file_system.kernel_name(), || kernel.mount(new))
         }
         // What is the node's own is shown to pods, and never given to them.
-        Prepared::Bind { base: PreparedBase::HostRoot(root), path, recursive, .. } => {
+        Prepared::Bind { base: PreparedBase::HostRoot(root, _), path, recursive, .. } => {
             let directory = open_directory_beneath(&**root, path, Symlinks::Refused)?;
             kernel.bind(directory.as_fd(), *recursive, attributes(true))
         }

@@ -25,7 +25,7 @@ impl Preparer {
             Some(Verity::Root(root)) => verity == Some(root),
             Some(Verity::Signed) => verity.is_some(),
         };
-        if !is_as_named {
+        if !is_as_named || key.is_sif != (file_system == FileSystem::Sif) {
             return Ok(None);
         }
         if let Some(attached) = self.images.find(&key) {
@@ -34,7 +34,10 @@ impl Preparer {
         // It may have been moved there since it was written down.
         let copy = Name::of(&known.image).map(|name| Original::new(name, known.content, key.identity.changed).id());
         let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
-        let unknown = self.exports.places_of_unknown();
+        let unknown = match known.image.base.is_of_the_node() {
+            true => self.exports.places_of_the_node(),
+            false => self.exports.places_of_unknown(),
+        };
         let look = move || {
             let is_copy = |attached: &Attached| copy.is_some() && cache.below(attached) == copy;
             let is_it = |attached: &Attached| {
@@ -49,7 +52,7 @@ impl Preparer {
             }
             let origin = if is_copy(&attached) { Origin::Copy } else { Origin::Earlier(unknown) };
             let Attached { device, identity, .. } = attached;
-            let key = ImageKey { identity, verity };
+            let key = ImageKey { identity, ..key };
             // Its superblock is there: nothing is read.
             let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
             Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))

@@ -81,6 +81,11 @@ impl Exports {
         Places::new(&self.places, Ipv4Addr::UNSPECIFIED.into())
     }
 
+    /// See [`Places::of_the_node`].
+    pub fn places_of_the_node(&self) -> Places {
+        Places::of_the_node(&self.places)
+    }
+
     async fn addresses(&self, export: &Export) -> Result<Vec<IpAddr>> {
         resolve::all_addresses(&self.policy.addresses(&export.host)).await
     }

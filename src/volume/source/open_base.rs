@@ -28,7 +28,7 @@ impl AsFd for OpenBase {
 impl OpenBase {
     pub(super) fn new(base: PreparedBase, kernel: &dyn Kernel) -> kernel::Result<Self> {
         Ok(match base {
-            PreparedBase::HostRoot(root) => OpenBase::HostRoot(root),
+            PreparedBase::HostRoot(root, _) => OpenBase::HostRoot(root),
             PreparedBase::Mount(mount) => match *mount {
                 Prepared::Nfs { mount, directory, .. } => OpenBase::Directory(mount.open(&directory)?),
                 other => OpenBase::Detached(build(&other, kernel, None)?),

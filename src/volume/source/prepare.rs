@@ -168,7 +168,7 @@ impl Preparer {
 
     async fn base(&self, base: &Base, known: &[Known], read_only: bool) -> Result<PreparedBase> {
         Ok(match base {
-            Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root)),
+            Base::Root => PreparedBase::HostRoot(Arc::clone(&self.host_root), self.exports.places_of_the_node()),
             Base::Mount(mount) => PreparedBase::Mount(Box::new(self.mount(mount, known, read_only).await?)),
         })
     }
@@ -261,7 +261,7 @@ impl Preparer {
             Origin::Copy => None,
         };
         let name = of_base(spec, Some(file_system));
-        let key = ImageKey { identity: image.identity, verity: root };
+        let key = ImageKey { identity: image.identity, verity: root, is_sif: file_system == FileSystem::Sif };
         let (kernel, mark, step) = (Arc::clone(&self.kernel), self.mark.clone(), format!("attach image {name}"));
         let attach = move || {
             let device = measured("loop", || kernel.loop_device(&image, key.purpose(), mark.tag()))?;
@@ -326,6 +326,7 @@ fn file_system(fs_type: FsType) -> FileSystem {
         FsType::Erofs => FileSystem::Erofs,
         FsType::Ext4 => FileSystem::Ext4,
         FsType::Xfs => FileSystem::Xfs,
+        FsType::Sif => FileSystem::Sif,
     }
 }
 

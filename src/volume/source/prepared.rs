@@ -82,17 +82,23 @@ pub struct Known {
     pub key: ImageKey,
 }
 
-/// Which image is attached, and how: one that is verified shares nothing with one that is not.
+/// Which image is attached, and how: one that is verified shares nothing with one that is not, nor the whole with a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ImageKey {
     pub identity: ImageIdentity,
     pub verity: Option<RootHash>,
+    /// What is mounted is a part of the file; none that is verified is.
+    pub is_sif: bool,
 }
 
 impl ImageKey {
     /// What the loop device of the image is for.
     pub fn purpose(&self) -> Purpose {
-        if self.verity.is_some() { Purpose::Verity } else { Purpose::FileSystem }
+        match (self.verity, self.is_sif) {
+            (Some(_), _) => Purpose::Verity,
+            (None, true) => Purpose::Sif,
+            (None, false) => Purpose::FileSystem,
+        }
     }
 }
 
@@ -118,12 +124,12 @@ impl AttachedImage {
         mark: &Mark,
         origin: Origin,
     ) -> kernel::Result<Self> {
-        let ImageKey { identity, verity } = key;
+        let ImageKey { identity, verity, .. } = key;
         let verify =
             |root: RootHash| measured("verity", || kernel.verified_device(&device, identity.size, &root, mark.tag()));
         let verified = verity.map(verify).transpose()?;
         let path = path_of(verified.as_ref(), &device);
-        let mount = measured(file_system.name(), || kernel.mount(file_system.on(&path, false)))?;
+        let mount = measured(file_system.kernel_name(), || kernel.mount(file_system.on(&path, false)))?;
         Ok(AttachedImage {
             key,
             _mount: mount,
@@ -153,7 +159,7 @@ fn path_of(verified: Option<&VerifiedDevice>, device: &LoopDevice) -> PathBuf {
 
 #[derive(Clone)]
 pub enum PreparedBase {
-    HostRoot(Arc<OwnedFd>),
+    HostRoot(Arc<OwnedFd>, Places),
     Mount(Box<Prepared>),
 }
 
@@ -228,7 +234,7 @@ impl Prepared {
         match self {
             Prepared::Nfs { mount, .. } => vec![mount],
             Prepared::Bind { base: PreparedBase::Mount(base), .. } => base.exports_shown(),
-            Prepared::Bind { base: PreparedBase::HostRoot(_), .. } | Prepared::FileSystem { .. } => Vec::new(),
+            Prepared::Bind { base: PreparedBase::HostRoot(..), .. } | Prepared::FileSystem { .. } => Vec::new(),
             Prepared::Overlay { lower, .. } => lower.iter().flat_map(Prepared::exports_shown).collect(),
         }
     }
@@ -251,15 +257,15 @@ impl PreparedBase {
     fn images(&self) -> Vec<Known> {
         match self {
             PreparedBase::Mount(mount) => mount.images(),
-            PreparedBase::HostRoot(_) => Vec::new(),
+            PreparedBase::HostRoot(..) => Vec::new(),
         }
     }
 
-    /// The places of the server that is asked by who opens a file below this base.
+    /// The places of whom is asked by who opens a file below this base.
     pub fn places(&self) -> Option<Places> {
         match self {
             PreparedBase::Mount(mount) => mount.places(),
-            PreparedBase::HostRoot(_) => None,
+            PreparedBase::HostRoot(_, places) => Some(places.clone()),
         }
     }
 }

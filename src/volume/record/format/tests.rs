@@ -78,14 +78,26 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let contents = [4, 5].map(|n| Content { inode: n, size: 4096, modified: n });
     let images = layers.into_iter().zip(contents).collect();
     let layered = Record { mount: layered, images, ..record("layered", seed) };
-    let since =
-        BTreeMap::from([("layered", 6), ("claim", 2), ("sized", 2), ("copied", 3), ("verified", 4), ("prefetched", 5)]);
+    let sif = [("hostPath", "/lustre/images"), ("image", "tools.sif"), ("fsType", "sif")];
+    let sif = BTreeMap::from(sif.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let sif = parse_attributes(&sif, &[]).unwrap().mount().clone();
+    let sif = Record { mount: sif, images: Vec::new(), ..record("sif", seed) };
+    let since = BTreeMap::from([
+        ("sif", 7),
+        ("layered", 6),
+        ("claim", 2),
+        ("sized", 2),
+        ("copied", 3),
+        ("verified", 4),
+        ("prefetched", 5),
+    ]);
     let mut volumes = BTreeMap::from([
         ("claim", Record { images: Vec::new(), ..claim }),
         ("copied", copied),
         ("verified", verified),
         ("layered", layered),
         ("prefetched", prefetched),
+        ("sif", sif),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
