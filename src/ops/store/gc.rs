@@ -17,6 +17,7 @@ use super::{File, Store, mark_layers};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::file_lock::{Lock, try_lock};
 use crate::kernel::file_system::{FileSystem, SUPERBLOCK};
+use crate::kernel::sif;
 use crate::kubernetes::inventory::Inventory;
 
 /// What builders lock, each in the directory that it writes to.
@@ -123,7 +124,7 @@ impl Store {
         };
         match take() {
             Ok(true) => Ok(()),
-            Ok(false) => Err("by its content it is neither squashfs nor EROFS".into()),
+            Ok(false) => Err("by its content it is neither squashfs, EROFS nor SIF".into()),
             Err(errno) => Err(format!("rename it: {errno}")),
         }
     }
@@ -133,7 +134,7 @@ impl Store {
         let mut head = [0; SUPERBLOCK];
         let length = file.read_at(&mut head, 0).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         let found = FileSystem::recognise(&head[..length]);
-        Ok(matches!(found, Some(FileSystem::Squashfs | FileSystem::Erofs)))
+        Ok(matches!(found, Some(FileSystem::Squashfs | FileSystem::Erofs)) || sif::is_sif(&head[..length]))
     }
 
     fn give_name_back(&self, path: &str) -> rustix::io::Result<()> {
