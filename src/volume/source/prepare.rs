@@ -6,6 +6,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, Weak};
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use rustix::io::Errno;
 
 use super::ahead::Prefetcher;
@@ -26,6 +27,9 @@ use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
 use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, MAX_LOWER, Mount, Nfs, NfsVersion};
 use crate::volume::cache::Cache;
+
+/// How many layers of an image are attached at a time: the others wait, and leave others their turn with the server.
+const LAYERS_AT_ONCE: usize = 4;
 
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
@@ -138,12 +142,11 @@ impl Preparer {
                 return Ok(vec![Prepared::FileSystem { device, file_system, no_exec }]);
             }
         };
-        let mut attached = Vec::with_capacity(images.len());
-        for image in &images {
-            let device = BlockDevice::Loop(self.image(image, known, file_system).await?);
-            attached.push(Prepared::FileSystem { device, file_system, no_exec });
-        }
-        Ok(attached)
+        let attach = |image: Loopback| async move {
+            let device = BlockDevice::Loop(self.image(&image, known, file_system).await?);
+            Ok(Prepared::FileSystem { device, file_system, no_exec })
+        };
+        stream::iter(images.into_iter().map(attach)).buffered(LAYERS_AT_ONCE).try_collect().await
     }
 
     /// The mount of what the policy names, and in it the directory that the spec does: whoever can write there could lead its path
