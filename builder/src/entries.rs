@@ -380,6 +380,17 @@ mod tests {
         assert!(format!("{:#}", all(header.as_bytes(), true).unwrap_err()).contains("--max-size"));
     }
 
+    #[test]
+    fn what_has_no_digest_is_whole_by_its_end() {
+        let whole = tar_of(b"a", EntryType::Regular, b"", &[]);
+        let read = |tar: &[u8], form| read(tar, form, LIMITS, |_, _| Ok(()));
+        for form in [Form::Files, Form::Layer, Form::LayerByDigest] {
+            read(&whole, form).unwrap();
+            assert_eq!(read(&whole[..512], form).is_ok(), form == Form::LayerByDigest, "{form:?}");
+            read(&whole[..500], form).unwrap_err();
+        }
+    }
+
     proptest! {
         #[test]
         fn no_tar_makes_anything_panic_or_lead_out(

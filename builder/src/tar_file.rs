@@ -25,7 +25,7 @@ impl TarFile {
     pub fn read(text: &str, form: Form, work: &Path, limits: Limits) -> Result<TarFile> {
         if text != STANDARD_INPUT {
             let is_file = fs::metadata(text).with_context(|| format!("look at {text}"))?.is_file();
-            ensure!(is_file, "{text} is no file");
+            ensure!(is_file, "{text} is no file: what is a pipe is given by the name {STANDARD_INPUT}");
             return Ok(TarFile { path: text.into(), form, name: text.into() });
         }
         let path = work.join("standard-input");
