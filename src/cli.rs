@@ -288,6 +288,13 @@ pub enum Command {
         #[command(flatten)]
         data_dir: DataDir,
     },
+    /// Write the writable layer of a volume to standard output, as a tar that is a layer of a container image
+    Commit {
+        /// Where the volume is published, as `status` prints it
+        target: PathBuf,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
     /// Let this node's NFS mounts of a server that has moved, whoever made them, go on at its new address: pods that wait for it read on
     Move {
         /// The address that the server had

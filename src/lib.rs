@@ -20,7 +20,7 @@
 //! | what is written down | `volume::record` |
 //! | asking servers, attaching images, making a mount of it all | `volume::source` |
 //! | copies of images on the node's disk | `volume::cache` |
-//! | looking at what is there: usage, condition, status | `volume::report` |
+//! | looking at what is there: usage, condition, status, what a pod wrote | `volume::report` |
 //! | a class of errors, a thread that waits, how many may, work that is done once for several | `error.rs`, `blocking.rs`, `places.rs`, `single_flight.rs` |
 //! | a field of a CSI message, a gRPC code | [`csi`] |
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |

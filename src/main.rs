@@ -6,6 +6,7 @@ mod plugin;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -23,7 +24,9 @@ use csi_driver_squashfs::ops::{self, Served, Watched, moved};
 use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
 use csi_driver_squashfs::volume::copies::{self, Verified};
-use csi_driver_squashfs::volume::{self, CacheConfig, Config, PrefetchConfig, Publication, Volumes, status, waiting};
+use csi_driver_squashfs::volume::{
+    self, CacheConfig, Config, PrefetchConfig, Publication, Volumes, commit, status, waiting,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -76,6 +79,7 @@ async fn run(cli: Cli) -> Outcome {
             convert(&container, &policy, &surroundings)
         }
         Command::Status { output, cache_dir, data_dir } => show_status(name, &data_dir, &cache_dir, output),
+        Command::Commit { target, data_dir } => commit(&data_dir.path(name), &target),
         Command::Move { old, new } => Ok(moved::move_server(old, &new, |moved| println!("{moved}")).await?),
         Command::Seal { image } => seal(&image),
         Command::Verify { image } => verify(&image),
@@ -224,6 +228,18 @@ fn show_status(driver_name: &str, data_dir: &DataDir, cache_dir: &CacheDir, outp
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
     }
     Ok(())
+}
+
+fn commit(data_dir: &Path, target: &Path) -> Outcome {
+    let stdout = io::stdout();
+    if stdout.is_terminal() {
+        return Err("a tar is nothing for a terminal: write it to a file, or into csi-driver-squashfs-build".into());
+    }
+    raise_file_limit();
+    let out = stdout.as_fd().try_clone_to_owned()?;
+    let note = |what: &str| eprintln!("csi-driver-squashfs: {what}");
+    let out = io::BufWriter::with_capacity(1 << 18, fs::File::from(out));
+    Ok(commit::commit(data_dir, &std::path::absolute(target)?, out, note)?)
 }
 
 fn seal(image: &Path) -> Outcome {

@@ -10,7 +10,7 @@ use oci_client::manifest::OciDescriptor;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use super::entries::Limits;
+use super::entries::{Form, Limits};
 use super::image::{Blobs, Image, Platform, digest_of, hexadecimal};
 use super::pack::{Layer, pack, plan};
 use super::progress;
@@ -84,8 +84,10 @@ impl Builder {
         let digits = hexadecimal(&image.digest)?;
         let name = name.unwrap_or_else(|| format!("{}-{}", blobs.name(), &digits[..12]));
         check_name(&name)?;
-        if let Some(stack) = self.there(&name, &image.digest)? {
-            self.sign(&format!("{name}.json"), &text_of(&stack)?)?;
+        let source = format!("@{}", image.digest);
+        if let Some(stack) = self.there(&name, &source)?
+            && self.is_signed(&name, &stack)?
+        {
             image.layers.iter().try_for_each(|layer| blobs.look_for(layer))?;
             eprintln!("{name}.json: was there");
             return Ok(Built::Stack { name, stack });
@@ -97,7 +99,7 @@ impl Builder {
                 ensure!(is_small, "layer {} has {} bytes: see --max-size", layer.digest, layer.size);
                 eprintln!("layer {}: {} bytes", layer.digest, layer.size);
                 blobs.fetch(layer, &path)?;
-                Ok(TarFile { path, is_layer: true, name: format!("layer {}", layer.digest) })
+                Ok(TarFile { path, form: Form::LayerByDigest, name: format!("layer {}", layer.digest) })
             };
             layers.iter().map(fetch).collect()
         };
@@ -130,14 +132,13 @@ impl Builder {
             layers.push(file);
         }
         let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
-        let stack = self.keep(&name, stack, &image.digest)?;
-        self.sign(&format!("{name}.json"), &text_of(&stack)?)?;
+        let stack = self.keep(&name, stack, &source)?;
         Ok(Built::Stack { name, stack })
     }
 
-    /// What is there by this name, where that is this image and whole: it may have been made with other layers in one, and from another
-    /// registry.
-    fn there(&self, name: &str, digest: &str) -> Result<Option<Stack>> {
+    /// What is there by this name, where that is of a source that ends like this, and whole: it may have been made with other layers in one,
+    /// and from another registry.
+    fn there(&self, name: &str, source: &str) -> Result<Option<Stack>> {
         let file = format!("{name}.json");
         if !self.store.has(&file)? {
             return Ok(None);
@@ -146,7 +147,7 @@ impl Builder {
         let there = || Ok::<Stack, anyhow::Error>(serde_json::from_slice(&fs::read(&path)?)?);
         let there = there().with_context(|| format!("read {}", path.display()))?;
         ensure!(
-            there.source.ends_with(&format!("@{digest}")),
+            there.source.ends_with(source),
             "{} is there, and of another image, {}: choose another --name, or delete it where no volume has it",
             path.display(),
             there.source
@@ -161,17 +162,35 @@ impl Builder {
         Ok(Some(there))
     }
 
-    /// Another builder may have been faster: then it is his.
-    fn keep(&self, name: &str, stack: Stack, digest: &str) -> Result<Stack> {
+    /// Writes an index, and signs it. Another builder may have been faster: then it is his.
+    pub(super) fn keep(&self, name: &str, stack: Stack, source: &str) -> Result<Stack> {
         let file = format!("{name}.json");
         let text = text_of(&stack)?;
-        match self.store.make(&file, |new| Ok(fs::write(new, text)?))? {
-            Made::Now => Ok(stack),
-            Made::Before => self.there(name, digest)?.with_context(|| {
-                let path = self.store.path(&file);
+        let mut kept = stack;
+        if self.store.make(&file, |new| Ok(fs::write(new, text)?))? == Made::Before {
+            let path = self.store.path(&file);
+            let there = self.there(name, source)?.with_context(|| {
                 format!("{} is there, and names layers that are not, or other ones by now: delete it", path.display())
-            }),
+            })?;
+            // Anybody who may write there may have written it.
+            let is_ours = self.key.is_none() || (&there.layers, &there.verity) == (&kept.layers, &kept.verity);
+            ensure!(is_ours, "{} is there, names other layers, and is not signed: delete it", path.display());
+            kept = there;
         }
+        self.sign(&file, &text_of(&kept)?)?;
+        Ok(kept)
+    }
+
+    /// Whether an index that is there is signed by the key, or need not be.
+    fn is_signed(&self, name: &str, stack: &Stack) -> Result<bool> {
+        let Some(key) = &self.key else { return Ok(true) };
+        let signature = format!("{name}.json.minisig");
+        if !self.store.has(&signature)? {
+            return Ok(false);
+        }
+        let path = self.store.path(&signature);
+        let signature = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        Ok(key.check(&signature, text_of(stack)?.as_bytes()).is_ok())
     }
 
     /// Puts beside a file, of which this is the content, its signature.
@@ -192,7 +211,7 @@ impl Builder {
         Ok(())
     }
 
-    fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
+    pub(super) fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
         let plan = plan(tars, is_more, self.limits)?;
         let bar = progress::bar("write the squashfs", None);
         self.format.make(image, |out| pack(&plan, tars, self.limits, bar.wrap_write(out)))?;
@@ -201,7 +220,7 @@ impl Builder {
     }
 
     /// Of a file of the store, of which all is read: it may have been there for long.
-    fn root_hash(&self, name: &str) -> Result<String> {
+    pub(super) fn root_hash(&self, name: &str) -> Result<String> {
         let path = self.store.path(name);
         let read = || Ok::<_, anyhow::Error>(hexadecimal_of(&verify(&File::open(&path)?)?));
         read().with_context(|| format!("verify {}", path.display()))

@@ -6,6 +6,7 @@ pub mod image;
 #[allow(unsafe_code, reason = "it visits another mount namespace")]
 pub mod kernel;
 pub mod killed;
+pub mod layer;
 pub mod nfs_server;
 pub mod node;
 #[allow(unsafe_code, reason = "no safe wrapper covers ptrace(2)")]
@@ -181,6 +182,17 @@ impl Driver {
         let text =
             Command::new(&self.binary).args(["status", "--output=json"]).args(arguments).output().unwrap().stdout;
         serde_json::from_slice(&text).unwrap()
+    }
+
+    /// What `csi-driver-squashfs commit` writes of what is published at `target`, or says.
+    pub fn commit(&self, target: &Path) -> Result<Vec<u8>, String> {
+        let mut command = Command::new(&self.binary);
+        command.arg("commit").arg(target).arg(format!("--driver-name={}", self.name));
+        let output = command.arg(format!("--data-dir={}", self.data_dir().display())).output().unwrap();
+        match output.status.success() {
+            true => Ok(output.stdout),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
     }
 
     pub fn pid(&self) -> u32 {

@@ -3,6 +3,7 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod commit;
 mod connections;
 mod history;
 mod killed;

@@ -6,6 +6,7 @@
 mod harness;
 
 mod bad_input;
+mod commit;
 mod copies;
 mod grammar;
 mod hostpath;

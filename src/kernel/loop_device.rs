@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -143,6 +144,24 @@ impl LoopDevice {
     /// A new device of a file that is written to through it. It carries no mark: nobody looks for it.
     pub(super) fn writable(file: &File) -> Result<Self> {
         Self::configure_free(file, LO_FLAGS_AUTOCLEAR as u32, None, "csi-squashfs-scratch")
+    }
+
+    /// The device through which `file`, whose path ends with `end`, is written to.
+    pub(super) fn writing_to(file: &File, end: &str) -> Result<Option<Self>> {
+        let metadata = file.metadata().doing(|| format!("look at {end}"))?;
+        for number in devices(false)? {
+            // A stranger's device is not asked.
+            if !backing_file(number).is_some_and(|path| path.ends_with(end)) {
+                continue;
+            }
+            let Ok(fd) = open(number) else { continue };
+            if let Ok(info) = status(&fd)
+                && (info.lo_device, info.lo_inode) == (metadata.dev(), metadata.ino())
+            {
+                return Ok(Some(LoopDevice { number, fd }));
+            }
+        }
+        Ok(None)
     }
 
     /// Puts a copy of the device's image in its place, under whoever reads in it. A device of a part keeps where that is.
@@ -307,31 +326,41 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity,
         Err(Errno::NXIO | Errno::NOENT) => return Ok(None),
         Err(errno) => return Err(Error::new(format!("open /dev/loop{number}"), errno)),
     };
+    match status(&fd) {
+        Ok(info) => Ok(tag.read(&info).map(|of| (LoopDevice { number, fd }, of))),
+        Err(errno) => {
+            // Let go of (ENXIO), or of a stranger whose file cannot be looked at (FUSE without its daemon: ENOTCONN). The kernel asks
+            // for the inode's number alone, for which NFS asks no server.
+            tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
+            Ok(None)
+        }
+    }
+}
+
+fn status(device: impl AsFd) -> std::result::Result<loop_info64, Errno> {
     // SAFETY: an integer-only C struct, for which all zeroes is a value.
     let mut info: loop_info64 = unsafe { std::mem::zeroed() };
     // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
-    let answer = unsafe {
+    unsafe {
         let status = rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info);
-        rustix::ioctl::ioctl(fd.as_fd(), status)
-    };
-    if let Err(errno) = answer {
-        // Let go of (ENXIO), or of a stranger whose file cannot be looked at (FUSE without its daemon: ENOTCONN). The kernel asks
-        // for the inode's number alone, for which NFS asks no server.
-        tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
-        return Ok(None);
+        rustix::ioctl::ioctl(device, status)?;
     }
-    let ours = |of| (LoopDevice { number, fd }, of);
-    Ok(tag.read(&info).map(ours))
+    Ok(info)
 }
 
 /// The devices that may be ours: those that have a file, take no writes and free themselves. A stranger's device is left unopened where
 /// possible: to ask for its state may ask its file's server.
 fn candidates() -> Result<Vec<u32>> {
+    devices(true)
+}
+
+/// Those that have a file, free themselves, and take no writes or do.
+fn devices(read_only: bool) -> Result<Vec<u32>> {
     let entries = std::fs::read_dir("/sys/block").doing(|| "list /sys/block".into())?;
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let is_set = |name| std::fs::read_to_string(entry.path().join(name)).is_ok_and(|text| text.trim_end() == "1");
-        (is_set("ro") && is_set("loop/autoclear")).then_some(number)
+        (is_set("ro") == read_only && is_set("loop/autoclear")).then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }

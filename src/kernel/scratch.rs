@@ -15,14 +15,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::error::{Doing, Error, Result};
 use super::loop_device::LoopDevice;
-use super::mount::{self, DetachedMount, NewMount};
+use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 
 /// The smallest that there is: the template's.
 pub const SMALLEST: u64 = 16 << 20;
@@ -48,6 +48,27 @@ pub fn mount(path: &Path, size: u64) -> Result<DetachedMount> {
     let mount = mount::create(new.flag("discard").set("errors", "remount-ro"))?;
     grow(mount.as_fd(), size / BLOCK)?;
     Ok(mount)
+}
+
+/// The same file system once more, read-only, while it is mounted; `None` where it is not.
+pub fn look_into(path: &Path) -> Result<Option<DetachedMount>> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file: File = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => file.into(),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(Error::new(format!("open {}", path.display()), errno)),
+    };
+    // The kernel shows paths as the driver that attached it sees them.
+    let end: PathBuf = path.iter().skip(path.iter().count().saturating_sub(2)).collect();
+    let Some(device) = LoopDevice::writing_to(&file, &format!("/{}", end.display()))? else { return Ok(None) };
+    let what = || format!("ext4 on {} again, read-only", device.path().display());
+    let new = || NewMount::new("ext4", what()).set("source", device.path().display());
+    // A superblock is found only by who wants it as it is: `rw`, or `ro` after an error on the disk.
+    match mount::create(new().with(MountAttrFlags::MOUNT_ATTR_RDONLY)) {
+        Err(error) if error.errno() == Errno::BUSY => mount::create(new().read_only()),
+        mounted => mounted,
+    }
+    .map(Some)
 }
 
 /// A new file appears whole or not at all: its name is the last step.

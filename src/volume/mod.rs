@@ -68,7 +68,7 @@ use std::time::Duration;
 
 pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
-pub use report::{Observation, Stats, Usage, status, try_overlay, waiting};
+pub use report::{Observation, Stats, Usage, commit, status, try_overlay, waiting};
 pub use source::{PrefetchConfig, Prefetching, ask_host, where_nfs_answers};
 
 use crate::blocking;

@@ -259,6 +259,12 @@ pub fn list(data_dir: &Path) -> Result<List> {
     Ok(list)
 }
 
+/// The scratch directory of a record in a data directory: for a process that only looks.
+pub fn scratch(data_dir: &Path, record: &Record) -> Option<PathBuf> {
+    let directory = published(data_dir).join(name_of(record.target.as_os_str().as_encoded_bytes()));
+    Some(directory.join(record.scratch.as_ref()?))
+}
+
 fn read(directory: &Path) -> Result<Found> {
     let path = directory.join("volume.json");
     let text = match std::fs::read(&path) {

@@ -1,8 +1,10 @@
-//! What is there: the usage and the condition of a volume, what a node has, and whether a node could have it. Nothing here makes a
-//! mount for a pod; that is in [`super::source`].
+//! What is there: the usage and the condition of a volume, what a pod wrote to it, what a node has, and whether a node could have it. Nothing
+//! here makes a mount for a pod; that is in [`super::source`].
 
+pub mod commit;
 mod condition;
 mod examine;
+mod layer;
 mod observe;
 mod stats;
 pub mod status;
