@@ -5,6 +5,7 @@ mod harness;
 
 mod connections;
 mod history;
+mod hung;
 mod killed;
 mod long_life;
 mod sif;
