@@ -6,6 +6,7 @@ mod harness;
 mod commit;
 mod connections;
 mod history;
+mod hung;
 mod killed;
 mod long_life;
 mod sif;

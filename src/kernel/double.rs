@@ -1,7 +1,7 @@
 //! A kernel for unit tests: it writes down what it is asked to change, and its mounts are directories, reached by symlinks in the
 //! place of mount points. It needs no root.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{PipeReader, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -38,6 +38,8 @@ struct State {
     /// What is attached where, the uppermost last.
     mounts: Vec<(PathBuf, String)>,
     loop_devices: BTreeMap<u32, Loop>,
+    /// The numbers of those that are about to be.
+    taken: BTreeSet<u32>,
     file_systems: u32,
     ignores_read_only: bool,
     merged_with: Option<(String, String)>,
@@ -253,15 +255,24 @@ impl Kernel for Double {
             return Ok(LoopDevice::of_number(*number, device.open()?));
         }
         let (reader, writer) = pipe().doing(|| "make a pipe".into())?;
-        let number = live.last().map_or(0, |last| last + 1);
+        let number = {
+            let mut state = lock(&self.state);
+            let last = live.last().into_iter().chain(state.taken.last()).chain(state.loop_devices.keys().last());
+            let number = last.max().map_or(0, |last| last + 1);
+            state.taken.insert(number);
+            number
+        };
         let part = match purpose {
             Purpose::FileSystem | Purpose::Verity => String::new(),
             Purpose::Sif => image.partition().map(|part| format!("{} bytes at {} of ", part.size, part.offset))?,
         };
-        self.call(format!("loop{number}: {part}an image of {} bytes", image.identity.size), Subject::Node)?;
+        let called = self.call(format!("loop{number}: {part}an image of {} bytes", image.identity.size), Subject::Node);
+        let mut state = lock(&self.state);
+        state.taken.remove(&number);
+        called?;
         let file = image.file.try_clone().unwrap();
         let device = Loop { tag: tag.clone(), identity: image.identity, purpose, root: [0; 32], file, users: reader };
-        lock(&self.state).loop_devices.insert(number, device);
+        state.loop_devices.insert(number, device);
         Ok(LoopDevice::of_number(number, writer.into()))
     }
 

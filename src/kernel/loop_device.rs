@@ -4,6 +4,8 @@
 //! none. Each is freed by the kernel with its last user (`LO_FLAGS_AUTOCLEAR`): an open [`LoopDevice`] is a user, a mounted file system
 //! is one.
 
+mod status;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,8 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::loop_device::{
-    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CHANGE_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64,
-    loop_config, loop_info64,
+    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CHANGE_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config, loop_info64,
 };
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -23,6 +24,7 @@ use sha2::{Digest, Sha256};
 use super::error::{Doing, Error, Result, errno_of, last_errno};
 use super::image::{Image, ImageIdentity};
 use super::sif::Partition;
+use status::status;
 
 /// The major number of loop devices (Documentation/admin-guide/devices.txt).
 pub const MAJOR: u32 = 7;
@@ -155,7 +157,7 @@ impl LoopDevice {
                 continue;
             }
             let Ok(fd) = open(number) else { continue };
-            if let Ok(info) = status(&fd)
+            if let Ok(info) = status(number, &fd)
                 && (info.lo_device, info.lo_inode) == (metadata.dev(), metadata.ino())
             {
                 return Ok(Some(LoopDevice { number, fd }));
@@ -326,26 +328,16 @@ fn inspect(number: u32, tag: &Tag) -> Result<Option<(LoopDevice, (ImageIdentity,
         Err(Errno::NXIO | Errno::NOENT) => return Ok(None),
         Err(errno) => return Err(Error::new(format!("open /dev/loop{number}"), errno)),
     };
-    match status(&fd) {
-        Ok(info) => Ok(tag.read(&info).map(|of| (LoopDevice { number, fd }, of))),
+    let info = match status(number, &fd) {
+        Ok(info) => info,
         Err(errno) => {
-            // Let go of (ENXIO), or of a stranger whose file cannot be looked at (FUSE without its daemon: ENOTCONN). The kernel asks
-            // for the inode's number alone, for which NFS asks no server.
+            // Let go of (ENXIO), or of a stranger whose file cannot be looked at (FUSE without its daemon: ENOTCONN).
             tracing::debug!(device = number, errno = errno.raw_os_error(), "a loop device does not tell whose it is");
-            Ok(None)
+            return Ok(None);
         }
-    }
-}
-
-fn status(device: impl AsFd) -> std::result::Result<loop_info64, Errno> {
-    // SAFETY: an integer-only C struct, for which all zeroes is a value.
-    let mut info: loop_info64 = unsafe { std::mem::zeroed() };
-    // SAFETY: LOOP_GET_STATUS64 fills one loop_info64.
-    unsafe {
-        let status = rustix::ioctl::Updater::<{ LOOP_GET_STATUS64 as _ }, _>::new(&mut info);
-        rustix::ioctl::ioctl(device, status)?;
-    }
-    Ok(info)
+    };
+    let ours = |of| (LoopDevice { number, fd }, of);
+    Ok(tag.read(&info).map(ours))
 }
 
 /// The devices that may be ours: those that have a file, take no writes and free themselves. A stranger's device is left unopened where

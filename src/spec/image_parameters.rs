@@ -94,7 +94,8 @@ pub enum Verity {
     Signed,
 }
 
-pub(super) const NOT_OF_SIF: &str = "is not for \"sif\": a hash tree is that of a whole file, and of a SIF a part is mounted. Seal a squashfs image in its place";
+pub(super) const NOT_OF_SIF: &str = "is not for \"sif\": a hash tree is that of a whole file, and of a SIF a part is mounted: seal a squashfs \
+                                     image in its place";
 
 /// [`Verity::Signed`] as a user writes it.
 const SIGNED: &str = "signed";

@@ -115,8 +115,10 @@ impl Conditions {
                 content
             }
         };
+        let of_server = image.base.export().is_some();
         tokio::time::timeout(PATIENCE, self.questions.run(image, ask)).await.unwrap_or_else(|_| {
-            let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
+            let whose = if of_server { "server" } else { "file system" };
+            let message = format!("no answer in {} s: is the {whose} up?", PATIENCE.as_secs());
             Err(Error::new(Kind::Unavailable, message))
         })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use crate::error::Kind;
-use crate::kernel::verity;
+use crate::kernel::{sif, verity};
 use crate::spec::Allowed;
 use crate::spec::parameters::parse_attributes;
 use crate::volume::Publication;
@@ -380,6 +380,28 @@ async fn an_image_that_is_verified_shares_no_device_with_the_same_one_that_is_no
         unpublish(&node, pod).await;
     }
     node.assert_nothing_held().await;
+}
+
+#[tokio::test]
+async fn of_a_sif_the_whole_file_is_copied_and_the_device_of_its_part_moved() {
+    let mut node = Node::new().await;
+    let sif = sif::example(&squashfs(4096), 36864, 1);
+    std::fs::write(node.kernel.export().join("image.sqsh"), &sif).unwrap();
+    let of_sif: &[(&str, &str)] = &[("fsType", "sif"), ("cache", "node")];
+    publish(&node, of_sif, "a").await.unwrap();
+    node.wait_for_calls("loop0: another file of 40960 bytes", 1).await;
+    node.stop_server().await;
+    publish(&node, of_sif, "b").await.unwrap();
+    assert_eq!(node.kernel.live_loop_devices(), [0]);
+    for pod in ["a", "b"] {
+        unpublish(&node, pod).await;
+    }
+    node.assert_nothing_held().await;
+    // Of the copy alone, after a reboot.
+    node.restart();
+    node.log();
+    publish(&node, of_sif, "c").await.unwrap();
+    assert!(node.log().contains(&"loop0: 4096 bytes at 36864 of an image of 40960 bytes".to_owned()));
 }
 
 #[tokio::test]
