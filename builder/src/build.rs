@@ -10,7 +10,7 @@ use oci_client::manifest::OciDescriptor;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use super::entries::Limits;
+use super::entries::{Form, Limits};
 use super::image::{Blobs, Image, Platform, digest_of, hexadecimal};
 use super::pack::{Layer, pack, plan};
 use super::source::Source;
@@ -82,7 +82,7 @@ impl Builder {
                 ensure!(is_small, "layer {} has {} bytes: see --max-size", layer.digest, layer.size);
                 eprintln!("layer {}: {} bytes", layer.digest, layer.size);
                 blobs.fetch(layer, &path)?;
-                Ok(TarFile { path, is_layer: true, name: format!("layer {}", layer.digest) })
+                Ok(TarFile { path, form: Form::LayerByDigest, name: format!("layer {}", layer.digest) })
             };
             layers.iter().map(fetch).collect()
         };
@@ -116,7 +116,7 @@ impl Builder {
     }
 
     /// What is there by this name must be the same image, but may have come from another registry.
-    fn keep(&self, name: &str, stack: &Stack) -> Result<()> {
+    pub(super) fn keep(&self, name: &str, stack: &Stack) -> Result<()> {
         let file = format!("{name}.json");
         let text = serde_json::to_string_pretty(stack).context("write the stack")? + "\n";
         if self.store.make(&file, |new| Ok(fs::write(new, text)?))? == Made::Before {
@@ -129,7 +129,7 @@ impl Builder {
         Ok(())
     }
 
-    fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
+    pub(super) fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
         let plan = plan(tars, is_more, self.limits)?;
         self.format.make(image, |out| pack(&plan, tars, self.limits, out))?;
         let file = File::options().read(true).write(true).open(image).context("open the image")?;
@@ -137,7 +137,7 @@ impl Builder {
     }
 
     /// Of a file of the store, of which all is read: it may have been there for long.
-    fn root_hash(&self, name: &str) -> Result<String> {
+    pub(super) fn root_hash(&self, name: &str) -> Result<String> {
         let path = self.store.path(name);
         let read = || Ok::<_, anyhow::Error>(hexadecimal_of(&verify(&File::open(&path)?)?));
         read().with_context(|| format!("verify {}", path.display()))

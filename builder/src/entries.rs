@@ -66,6 +66,17 @@ pub struct Entry {
     pub attributes: Attributes,
 }
 
+/// What a tar is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Its entries are files and nothing else.
+    Files,
+    /// A layer, which has whiteouts.
+    Layer,
+    /// One that is complete by its digest: it may end without the blocks that say so.
+    LayerByDigest,
+}
+
 /// How much may be in what is read, so that nothing small becomes too large.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -98,16 +109,15 @@ impl Limits {
     }
 }
 
-/// Calls `each` with all entries of a tar, in their order, and the bytes of those that are files. `is_layer` says whether it has whiteouts.
+/// Calls `each` with all entries of a tar, in their order, and the bytes of those that are files.
 pub fn read(
     tar: impl Read,
-    is_layer: bool,
+    form: Form,
     limits: Limits,
     mut each: impl FnMut(Entry, &mut dyn Read) -> Result<()>,
 ) -> Result<()> {
     let (mut left, mut last) = (limits, Path::new());
-    // That of a layer is complete by its digest.
-    let members = Members::new(tar, is_layer);
+    let members = Members::new(tar, form == Form::LayerByDigest);
     members.read(|member, data| {
         let extended = member.extended.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
         left.entry(member.path.len() + member.link.len() + extended)?;
@@ -115,7 +125,7 @@ pub fn read(
         left.file(member.size)?;
         let name = shown(&member.path);
         let read = || {
-            let Some(entry) = entry(member, is_layer)? else { return Ok(()) };
+            let Some(entry) = entry(member, form != Form::Files)? else { return Ok(()) };
             left.directories_above(&entry.path, &last)?;
             last.clone_from(&entry.path);
             each(entry, data)
@@ -261,7 +271,8 @@ mod tests {
 
     fn all(tar: &[u8], is_layer: bool) -> Result<Vec<Entry>> {
         let mut all = Vec::new();
-        read(tar, is_layer, LIMITS, |entry, _| {
+        let form = if is_layer { Form::LayerByDigest } else { Form::Files };
+        read(tar, form, LIMITS, |entry, _| {
             all.push(entry);
             Ok(())
         })?;
@@ -367,6 +378,17 @@ mod tests {
         header.set_size(1 << 50);
         header.set_cksum();
         assert!(format!("{:#}", all(header.as_bytes(), true).unwrap_err()).contains("--max-size"));
+    }
+
+    #[test]
+    fn what_has_no_digest_is_whole_by_its_end() {
+        let whole = tar_of(b"a", EntryType::Regular, b"", &[]);
+        let read = |tar: &[u8], form| read(tar, form, LIMITS, |_, _| Ok(()));
+        for form in [Form::Files, Form::Layer, Form::LayerByDigest] {
+            read(&whole, form).unwrap();
+            assert_eq!(read(&whole[..512], form).is_ok(), form == Form::LayerByDigest, "{form:?}");
+            read(&whole[..500], form).unwrap_err();
+        }
     }
 
     proptest! {

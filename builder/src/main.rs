@@ -9,6 +9,7 @@ mod entries;
 mod image;
 mod layout;
 mod members;
+mod on;
 mod pack;
 mod plan;
 mod registry;
@@ -26,18 +27,20 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use build::{Builder, Built, Stack};
-use entries::Limits;
+use entries::{Form, Limits};
 use image::Platform;
 use registry::Access;
 use source::Source;
 use squashfs::Format;
 use store::Store;
+use tar_file::TarFile;
 
 /// Make squashfs images of container images, tars and directories
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// oci://REGISTRY/NAME:TAG, oci://REGISTRY/NAME@sha256:..., a directory, or a tar; a directory or a tar may be an OCI layout
+    /// oci://REGISTRY/NAME:TAG, oci://REGISTRY/NAME@sha256:..., a directory, or a tar, which is standard input by the name -; a directory or
+    /// a tar may be an OCI layout
     source: String,
     /// Where the images are to be: a directory of an export that is mounted here
     #[arg(long, value_name = "DIRECTORY")]
@@ -45,6 +48,9 @@ struct Arguments {
     /// The name of what is made, without its ending [default: of a container image its own name, tag and digest]
     #[arg(long)]
     name: Option<String>,
+    /// The tar is a layer, as `csi-driver-squashfs commit` writes it: put it on this index (NAME.json) or image (NAME.sqsh) of the directory
+    #[arg(long, value_name = "BASE", requires = "name", conflicts_with_all = ["flat", "image_name"])]
+    on: Option<String>,
     /// Make one layer of all: the same as --max-layers 1
     #[arg(long)]
     flat: bool,
@@ -100,7 +106,6 @@ fn run(arguments: Arguments) -> Result<()> {
     };
     let work = work.context("make a directory for layers: see --work")?;
     let limits = Limits { entries: *max_entries, bytes: max_size << 30, names: NAMES };
-    let source = Source::find(source, image_name.clone(), access, work.path(), limits)?;
     let builder = Builder {
         store: Store::open(to)?,
         format: format.clone(),
@@ -109,7 +114,11 @@ fn run(arguments: Arguments) -> Result<()> {
         platform: platform.clone(),
         work,
     };
-    let built = builder.build(source, name.clone())?;
+    let work = builder.work.path();
+    let built = match &arguments.on {
+        Some(base) => builder.build_on(base, &TarFile::read(source, Form::Layer, work, limits)?, name.clone())?,
+        None => builder.build(Source::find(source, image_name.clone(), access, work, limits)?, name.clone())?,
+    };
     println!(
         "{}",
         match (&arguments.server, &arguments.share) {

@@ -1,22 +1,56 @@
 //! Tars in files, compressed or not.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use flate2::bufread::MultiGzDecoder;
+use sha2::{Digest, Sha256};
 
-use super::entries::{self, Entry, Limits};
+use super::entries::{self, Entry, Form, Limits};
 use super::pack::Layer;
 
 pub struct TarFile {
     pub path: PathBuf,
-    pub is_layer: bool,
+    pub form: Form,
     pub name: String,
 }
 
+/// The name of what comes from there.
+pub const STANDARD_INPUT: &str = "-";
+
 impl TarFile {
+    /// The file `text`, or standard input, which is written into `work` first: a tar is read more than once.
+    pub fn read(text: &str, form: Form, work: &Path, limits: Limits) -> Result<TarFile> {
+        if text != STANDARD_INPUT {
+            let is_file = fs::metadata(text).with_context(|| format!("look at {text}"))?.is_file();
+            ensure!(is_file, "{text} is no file: what is a pipe is given by the name {STANDARD_INPUT}");
+            return Ok(TarFile { path: text.into(), form, name: text.into() });
+        }
+        let path = work.join("standard-input");
+        let copy = || io::copy(&mut io::stdin().lock().take(limits.bytes), &mut File::create(&path)?);
+        let copied = copy().with_context(|| format!("write standard input to {}: see --work", path.display()))?;
+        ensure!(copied < limits.bytes, "standard input is too large: see --max-size");
+        ensure!(copied > 0, "standard input is empty: did the program that writes it fail?");
+        Ok(TarFile { path, form, name: "standard input".into() })
+    }
+
+    /// Of the bytes that it has, as a registry would say it.
+    pub fn digest(&self) -> Result<String> {
+        let digest = || {
+            let (mut file, mut hash, mut chunk) = (File::open(&self.path)?, Sha256::new(), vec![0; 1 << 20]);
+            loop {
+                match file.read(&mut chunk)? {
+                    0 => return Ok::<_, io::Error>(hash.finalize()),
+                    length => hash.update(&chunk[..length]),
+                }
+            }
+        };
+        let digest = digest().with_context(|| format!("read {}", self.name))?;
+        Ok(format!("sha256:{}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()))
+    }
+
     pub fn open(&self) -> Result<Box<dyn Read>> {
         let file = File::open(&self.path).with_context(|| format!("open {}", self.path.display()))?;
         unpacked(BufReader::with_capacity(1 << 20, file))
@@ -25,7 +59,7 @@ impl TarFile {
 
 impl Layer for TarFile {
     fn read(&self, limits: Limits, each: &mut dyn FnMut(Entry, &mut dyn Read) -> Result<()>) -> Result<()> {
-        entries::read(self.open()?, self.is_layer, limits, each)
+        entries::read(self.open()?, self.form, limits, each)
     }
 
     fn name(&self) -> String {
