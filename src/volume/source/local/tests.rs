@@ -175,9 +175,12 @@ async fn an_index_stands_for_an_overlay_of_its_layers_each_with_a_device_and_a_c
     let node = Node::new().await;
     stack(&node, &[("base.sqsh", 4096), ("upper.sqsh", 8192)]);
     publish(&node, &[INDEX, ("cache", "node")], "a").await.unwrap();
-    for device in ["loop0", "loop1"] {
-        node.wait_for_calls(&format!("{device}: another file"), 1).await;
-    }
+    let moved = std::sync::atomic::AtomicUsize::new(0);
+    let both_are = || {
+        let now = node.log().iter().filter(|call| call.contains(": another file")).count();
+        moved.fetch_add(now, std::sync::atomic::Ordering::Relaxed) + now == 2
+    };
+    wait_for(both_are, || "not both layers are read from their copies".into()).await;
     let sizes = async || {
         let devices = node.volumes.observe().await.unwrap().loop_devices;
         devices.iter().map(|device| device.size).collect::<std::collections::BTreeSet<_>>()
