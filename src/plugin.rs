@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime};
 use csi_driver_squashfs::kubernetes::inventory::{ClusterNode, Volume, look};
 use csi_driver_squashfs::ops::cluster;
 use csi_driver_squashfs::ops::doctor::Verdict;
-use csi_driver_squashfs::ops::store::gc::{Outcome as Fate, Verdict as Judged, judge};
-use csi_driver_squashfs::ops::store::{File, Store, listed};
+use csi_driver_squashfs::ops::store::gc::{Outcome as Fate, Verdict as Judged};
+use csi_driver_squashfs::ops::store::{File, Store};
 use serde::Serialize;
 
 use super::Outcome;
@@ -38,7 +38,7 @@ pub async fn run(driver_name: &str, command: ClusterCommand) -> Outcome {
             let store = Store::open(&directory, share.share.clone())?;
             let (files, unreadable) = store.files(&look(driver_name, &share.contexts).await?)?;
             super::warn(&unreadable);
-            show(output, listed(files).as_slice(), images_there)
+            show(output, store.listed(files).as_slice(), images_there)
         }
         ClusterCommand::Images { directory: None, share, output } => {
             show(output, &by_image(look(driver_name, &share.contexts).await?.volumes), images)
@@ -65,12 +65,22 @@ pub async fn run(driver_name: &str, command: ClusterCommand) -> Outcome {
 }
 
 async fn gc(driver_name: &str, store: &Store, delete: bool, grace: Duration, share: &Share) -> Outcome {
-    let (files, unreadable) = store.files(&look(driver_name, &share.contexts).await?)?;
+    if delete {
+        store.recover()?;
+    }
+    let before = look(driver_name, &share.contexts).await?;
+    if !before.is_installed {
+        return Err(format!(
+            "nothing can go: there is no CSIDriver {driver_name}: is it another cluster, or another --driver-name?"
+        )
+        .into());
+    }
+    let (files, unreadable) = store.files(&before)?;
     if !unreadable.is_empty() {
         return Err(format!("nothing can go, as these may name anything: {}", unreadable.join("; ")).into());
     }
     let (mut rows, mut unused) = (Vec::new(), Vec::new());
-    for (file, verdict) in judge(files, SystemTime::now(), grace) {
+    for (file, verdict) in store.judge(files, SystemTime::now(), grace) {
         let (word, why) = match verdict {
             Judged::Named(by) => ("keep", short(by.iter())),
             Judged::Young => ("keep", format!("used {} ago", age(&file))),
@@ -97,7 +107,7 @@ async fn gc(driver_name: &str, store: &Store, delete: bool, grace: Duration, sha
     if let Err(error) = &again {
         failed = Some(error.to_string());
     }
-    unnamed.finish(&again, grace, &mut each);
+    unnamed.finish(&before, &again, grace, &mut each);
     super::warn(&left);
     say(&format!("{deleted} bytes deleted\n"))?;
     match failed {

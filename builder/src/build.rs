@@ -62,17 +62,15 @@ impl Builder {
         }
     }
 
-    fn flat(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<Built> {
+    fn flat(&self, name: &str, make: impl FnOnce(&Path) -> Result<String>) -> Result<Built> {
         check_name(name)?;
         let file = format!("{name}.sqsh");
-        let made = self.store.make(&file, make)?;
-        ensure!(
-            made == Made::Now,
-            "{} is there: give each version a name of its own",
-            self.store.path(&file).display()
-        );
+        let is_there = || format!("{} is there: give each version a name of its own", self.store.path(&file).display());
+        ensure!(!self.store.has(&file)?, is_there());
+        let (made, root) = self.made(&file, make)?;
+        ensure!(made == Made::Now, is_there());
         if self.key.is_some() {
-            let (beside, root) = (format!("{file}.root"), self.root_hash(&file)? + "\n");
+            let (beside, root) = (format!("{file}.root"), root + "\n");
             self.store.make(&beside, |new| Ok(fs::write(new, &root)?))?;
             self.sign(&beside, &root)?;
         }
@@ -106,9 +104,10 @@ impl Builder {
         let make = |layers: &[_], is_more, image: &Path| {
             let fetched = fetched(layers)?;
             let tars: Vec<&dyn Layer> = fetched.iter().map(|tar| tar as _).collect();
-            self.pack(&tars, is_more, image)?;
+            let root = self.pack(&tars, is_more, image)?;
             // Layers are large, and read once.
-            fetched.iter().try_for_each(|tar| fs::remove_file(&tar.path)).context("remove what was fetched")
+            fetched.iter().try_for_each(|tar| fs::remove_file(&tar.path)).context("remove what was fetched")?;
+            Ok(root)
         };
         let (mut layers, mut verity) = (Vec::new(), BTreeMap::new());
         for layer in stack(&once(image.layers), self.most_layers) {
@@ -122,18 +121,31 @@ impl Builder {
                 }
             };
             let file = format!("sha256-{}.sqsh", hexadecimal(&digest)?);
-            let made = self.store.make(&file, |new| make(layer, is_more, new))?;
+            let (made, root) = self.made(&file, |new| make(layer, is_more, new))?;
             if made == Made::Before {
                 // Who knows its digest may not be who may read it.
                 layer.iter().try_for_each(|layer| blobs.look_for(layer))?;
             }
-            verity.insert(file.clone(), self.root_hash(&file)?);
+            verity.insert(file.clone(), root);
             eprintln!("{file}: {}", if made == Made::Now { "made" } else { "was there" });
             layers.push(file);
         }
         let stack = Stack { source: blobs.by_digest(&image.digest), layers, verity };
         let stack = self.keep(&name, stack, &source)?;
+        for layer in &stack.layers {
+            ensure!(self.store.has(layer)?, "{layer} is gone again: make the image once more");
+        }
         Ok(Built::Stack { name, stack })
+    }
+
+    /// A file of the store, and its root hash, which `make` knows of one that is new.
+    pub(super) fn made(&self, file: &str, make: impl FnOnce(&Path) -> Result<String>) -> Result<(Made, String)> {
+        let mut packed = None;
+        let made = self.store.make(file, |new| make(new).map(|root| packed = Some(root)))?;
+        let root = self.root_hash(file)?;
+        let is_it = made == Made::Before || packed.as_ref() == Some(&root);
+        ensure!(is_it, "{} is not what was made: somebody else writes to it", self.store.path(file).display());
+        Ok((made, root))
     }
 
     /// What is there by this name, where that is of a source that ends like this, and whole: it may have been made with other layers in one,
@@ -211,12 +223,20 @@ impl Builder {
         Ok(())
     }
 
-    pub(super) fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<()> {
+    /// Returns the root hash. With a key it is packed where nobody else writes: what is signed is what was packed.
+    pub(super) fn pack(&self, tars: &[&dyn Layer], is_more: bool, image: &Path) -> Result<String> {
         let plan = plan(tars, is_more, self.limits)?;
         let bar = progress::bar("write the squashfs", None);
-        self.format.make(image, |out| pack(&plan, tars, self.limits, bar.wrap_write(out)))?;
-        let file = File::options().read(true).write(true).open(image).context("open the image")?;
-        seal(&file).map(drop).context("seal the image")
+        let own = self.key.is_some().then(|| self.work.path().join("image"));
+        let packed = own.as_deref().unwrap_or(image);
+        self.format.make(packed, |out| pack(&plan, tars, self.limits, bar.wrap_write(out)))?;
+        let file = File::options().read(true).write(true).open(packed).context("open the image")?;
+        let root = seal(&file).context("seal the image")?;
+        if let Some(own) = own {
+            fs::copy(&own, image).with_context(|| format!("write {}", image.display()))?;
+            fs::remove_file(own).context("remove what was packed")?;
+        }
+        Ok(hexadecimal_of(&root))
     }
 
     /// Of a file of the store, of which all is read: it may have been there for long.

@@ -52,7 +52,7 @@ struct Arguments {
     #[arg(long)]
     name: Option<String>,
     /// The tar is a layer, as `csi-driver-squashfs commit` writes it: put it on this index (NAME.json) or image (NAME.sqsh) of the directory
-    #[arg(long, value_name = "BASE", requires = "name", conflicts_with_all = ["flat", "image_name"])]
+    #[arg(long, value_name = "BASE", requires = "name", conflicts_with_all = ["flat", "image_name", "sign_key"])]
     on: Option<String>,
     /// Make one layer of all: the same as --max-layers 1
     #[arg(long)]

@@ -49,8 +49,8 @@ impl Builder {
             }
             verity.insert(layer.clone(), root);
         }
-        let made = self.store.make(&file, |new| self.pack(&[layer], true, new))?;
-        verity.insert(file.clone(), self.root_hash(&file)?);
+        let (made, root) = self.made(&file, |new| self.pack(&[layer], true, new))?;
+        verity.insert(file.clone(), root);
         eprintln!("{file}: {}", if made == Made::Now { "made" } else { "was there" });
         layers.push(file);
         let source = format!("{} + {digest}", source.as_deref().unwrap_or(base));

@@ -10,13 +10,15 @@
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use csi_driver_squashfs::kernel::file_lock::{Lock, try_lock};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use tempfile::NamedTempFile;
 
 /// The end of what is not complete. It begins with a dot.
@@ -68,8 +70,13 @@ impl Store {
         sweep().with_context(|| format!("look into {}", directory.display()))?;
         let lock = share_lock(&directory.join(LOCK)).unwrap_or_else(|error| {
             eprintln!("share {LOCK} in {}: {error}: do not run 'gc' there meanwhile", directory.display());
-            None
+            Locked::Never
         });
+        let lock = match lock {
+            Locked::By(file) => Some(file),
+            Locked::Never => None,
+            Locked::ByAnother => bail!("{LOCK} in {} is another's: 'gc' is at work there", directory.display()),
+        };
         Ok(Store { directory: directory.to_owned(), patience: PATIENCE, _lock: lock })
     }
 
@@ -162,30 +169,42 @@ fn lock_mine(file: &File) {
     }
 }
 
-/// Waits for one who has it alone; `None` where that takes too long.
-fn share_lock(path: &Path) -> io::Result<Option<File>> {
-    let make = File::options().read(true).append(true).create(true).open(path);
-    let file = match make {
+/// How it went to lock what all share.
+enum Locked {
+    By(File),
+    /// For an hour.
+    ByAnother,
+    Never,
+}
+
+/// Waits for one who has it alone.
+fn share_lock(path: &Path) -> io::Result<Locked> {
+    // Anybody who may write there may have laid something else there.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let all = Mode::from_raw_mode(0o666);
+    let file = match rustix::fs::open(path, flags | OFlags::RDWR | OFlags::CREATE, all) {
         // Another user's.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => File::open(path)?,
-        made => {
-            let file = made?;
-            // Whoever makes images here, whatever the umask of this process.
-            if file.metadata()?.permissions().mode() & 0o666 != 0o666 {
-                let _ = file.set_permissions(Permissions::from_mode(0o666));
-            }
-            file
-        }
+        Err(Errno::ACCESS) => rustix::fs::open(path, flags | OFlags::RDONLY, Mode::empty()),
+        made => made,
     };
+    let file = File::from(file?);
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.nlink() != 1 {
+        return Err(io::Error::other("it is no file of its own"));
+    }
+    // Whoever makes images here, whatever the umask of this process. One of another user has its mode.
+    if metadata.mode() & 0o666 != 0o666 && metadata.uid() == rustix::process::geteuid().as_raw() {
+        file.set_permissions(Permissions::from_mode(0o666))?;
+    }
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
         match try_lock(&file, Lock::Shared) {
-            Ok(true) => return Ok(Some(file)),
+            Ok(true) => return Ok(Locked::By(file)),
             Ok(false) => sleep(ASKED),
             Err(error) => return Err(io::Error::other(error.to_string())),
         }
     }
-    Ok(None)
+    Ok(Locked::ByAnother)
 }
 
 /// A file cannot replace another by link(2), and can by rename(2), which is for file systems without links.
@@ -288,6 +307,20 @@ mod tests {
             drop(gc);
             opening.join().unwrap();
         });
+    }
+
+    #[test]
+    fn the_lock_is_no_file_that_somebody_else_laid_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let (lock, secret) = (directory.path().join(LOCK), directory.path().join("secret"));
+        fs::write(&secret, "").unwrap();
+        fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&secret, &lock).unwrap();
+        Store::open(directory.path()).unwrap();
+        fs::remove_file(&lock).unwrap();
+        fs::hard_link(&secret, &lock).unwrap();
+        Store::open(directory.path()).unwrap();
+        assert_eq!(fs::metadata(&secret).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::api::ApiServer;
 use crate::error::Result;
-use crate::spec::location::Location;
+use crate::spec::location::{Location, relative};
 use crate::spec::source::Source;
 use crate::spec::{parameters, template};
 
@@ -32,8 +32,22 @@ pub struct Inventory {
     pub nodes: Vec<ClusterNode>,
     /// Claims of the driver's classes that are not bound.
     pub pending: Vec<String>,
-    /// The driver is known to the cluster (CSIDriver).
+    /// The driver is known to the cluster (CSIDriver): to all, where there are several.
     pub is_installed: bool,
+}
+
+impl Inventory {
+    /// Who names something that nobody did `before`, if anybody does.
+    pub fn names_beside(&self, before: &Inventory) -> Option<&str> {
+        let named = |inventory: &Inventory| {
+            let locations = inventory.references.iter().flat_map(|reference| reference.locations.iter().flatten());
+            locations.cloned().collect::<Vec<_>>()
+        };
+        let known = named(before);
+        let is_new =
+            |reference: &&Reference| reference.locations.iter().flatten().any(|location| !known.contains(location));
+        self.references.iter().find(is_new).map(|reference| reference.object.as_str())
+    }
 }
 
 /// A PersistentVolume, or an inline volume of a pod.
@@ -76,7 +90,7 @@ pub async fn look(driver_name: &str, contexts: &[String]) -> Result<Inventory> {
     if contexts.is_empty() {
         return Inspector(ApiServer::new(None)).look(driver_name).await;
     }
-    let mut all = Inventory::default();
+    let mut all = Inventory { is_installed: true, ..Inventory::default() };
     for context in contexts {
         let looked = Inspector(ApiServer::new(Some(context.clone()))).look(driver_name).await;
         let Inventory { volumes, references, nodes, pending, is_installed } =
@@ -85,7 +99,7 @@ pub async fn look(driver_name: &str, contexts: &[String]) -> Result<Inventory> {
         all.references.extend(references);
         all.nodes.extend(nodes);
         all.pending.extend(pending);
-        all.is_installed |= is_installed;
+        all.is_installed &= is_installed;
     }
     Ok(all)
 }
@@ -199,6 +213,7 @@ impl<'a> Looking<'a> {
             if matches!(pod.data["status"]["phase"].as_str(), Some("Succeeded" | "Failed")) {
                 continue;
             }
+            self.template(&format!("Pod {object}"), &pod.data);
             for volume in list(&pod.data["spec"]["volumes"]) {
                 let of = volume["name"].as_str().unwrap_or_default();
                 let of_pod = || pod.metadata.name.as_ref().map(|name| format!("{name}-{of}"));
@@ -211,7 +226,7 @@ impl<'a> Looking<'a> {
                     self.inventory.volumes[*at].pods.insert(object.clone(), node.clone());
                 }
                 if volume["csi"]["driver"] == self.driver_name {
-                    let images = self.named_by(&format!("Pod {object}"), &volume["csi"]["volumeAttributes"], &[]);
+                    let images = images_of(&volume["csi"]["volumeAttributes"], &[]).0;
                     let pods = BTreeMap::from([(object.clone(), node.clone())]);
                     self.inventory.volumes.push(Volume { name: format!("{object}: {of}"), claim: None, images, pods });
                 }
@@ -222,7 +237,10 @@ impl<'a> Looking<'a> {
     /// What objects of this kind say of pods and claims to be, wherever they say it.
     fn templates(&mut self, kind: &str, objects: &[DynamicObject]) {
         for object in objects {
-            self.template(&format!("{kind} {}", full_name(object)), &object.data);
+            let name = format!("{kind} {}", full_name(object));
+            let annotations = object.metadata.annotations.clone().unwrap_or_default();
+            self.annotated(&name, |name| annotations.get(name).map(String::as_str));
+            self.template(&name, &object.data);
         }
     }
 
@@ -259,11 +277,7 @@ impl<'a> Looking<'a> {
 
     /// Notes what a volume's attributes name, and returns it in words.
     fn named_by(&mut self, object: &str, attributes: &Value, options: &[&str]) -> Vec<String> {
-        let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
-        let (images, locations) = match parameters::parse_attributes(&strings(attributes), &options) {
-            Ok(parsed) => (parsed.mount().sources(), Ok(Location::of(parsed.mount()))),
-            Err(error) => (Vec::new(), Err(error.to_string())),
-        };
+        let (images, locations) = images_of(attributes, options);
         self.refer(object.to_owned(), locations);
         images
     }
@@ -271,7 +285,8 @@ impl<'a> Looking<'a> {
     /// Notes what a claim names, or one that is to be.
     fn annotated<'b>(&mut self, object: &str, annotation: impl Fn(&str) -> Option<&'b str>) {
         let of = |name: &str| annotation(&format!("{}/{name}", self.driver_name));
-        let image = of("image").map(str::to_owned);
+        // As the controller reads it.
+        let image = of("image").map(|image| relative(image).unwrap_or_else(|_| image.to_owned()));
         let source = of("source").and_then(|source| Source::parse(source.trim()).ok()).map(|source| source.image());
         let locations: Vec<_> = image.into_iter().chain(source).map(|path| Location::of_file(&path)).collect();
         if !locations.is_empty() {
@@ -281,6 +296,15 @@ impl<'a> Looking<'a> {
 
     fn refer(&mut self, object: String, locations: std::result::Result<Vec<Location>, String>) {
         self.inventory.references.push(Reference { object, locations });
+    }
+}
+
+/// What a volume's attributes name: in words, and where that lies.
+fn images_of(attributes: &Value, options: &[&str]) -> (Vec<String>, std::result::Result<Vec<Location>, String>) {
+    let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
+    match parameters::parse_attributes(&strings(attributes), &options) {
+        Ok(parsed) => (parsed.mount().sources(), Ok(Location::of(parsed.mount()))),
+        Err(error) => (Vec::new(), Err(error.to_string())),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Where on its server lies what a volume names: to be compared with the files that are there.
 
 use super::pattern::{components, covers, names_path};
+use super::text;
 use super::{Attach, Base, Bind, Device, Loopback, Mount, Overlay};
 
 /// A path of a server or of a node. A `*` in a component stands for what nobody knows yet, such as the value of a template.
@@ -44,6 +45,11 @@ impl Location {
         let is_told = end.len() == mine.len() || !end.split('/').nth(1).is_some_and(|first| first.contains('*'));
         is_told && names_path(end, last(its, least))
     }
+}
+
+/// A path below a share, as it is read where a volume or a claim names it.
+pub fn relative(path: &str) -> Result<String, String> {
+    text::relative(path.trim())
 }
 
 /// The directories that a mount shows.

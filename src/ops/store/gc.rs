@@ -9,10 +9,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::look::{open, split};
+use super::look::{self, open, split};
 use super::{File, Store, mark_layers};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::file_lock::{Lock, try_lock};
@@ -36,20 +36,22 @@ pub enum Verdict {
     Unused,
 }
 
-/// What is to become of each file. Layers go and stay with their indexes.
-pub fn judge(mut files: Vec<File>, now: SystemTime, grace: Duration) -> Vec<(File, Verdict)> {
-    let is_young =
-        |file: &File| now.duration_since(file.last_used).is_ok_and(|age| age < grace) || now < file.last_used;
-    mark_layers(&mut files, |index| !index.used_by.is_empty() || is_young(index));
-    let judge = |file: File| {
-        let verdict = match &file.used_by {
-            named if !named.is_empty() => Verdict::Named(named.clone()),
-            _ if is_young(&file) => Verdict::Young,
-            _ => Verdict::Unused,
+impl Store {
+    /// What is to become of each file. Layers go and stay with their indexes.
+    pub fn judge(&self, mut files: Vec<File>, now: SystemTime, grace: Duration) -> Vec<(File, Verdict)> {
+        let is_young =
+            |file: &File| now.duration_since(file.last_used).is_ok_and(|age| age < grace) || now < file.last_used;
+        mark_layers(&self.directory, &mut files, |index| !index.used_by.is_empty() || is_young(index));
+        let judge = |file: File| {
+            let verdict = match &file.used_by {
+                named if !named.is_empty() => Verdict::Named(named.clone()),
+                _ if is_young(&file) => Verdict::Young,
+                _ => Verdict::Unused,
+            };
+            (file, verdict)
         };
-        (file, verdict)
-    };
-    files.into_iter().map(judge).collect()
+        files.into_iter().map(judge).collect()
+    }
 }
 
 /// What became of a file that nobody names.
@@ -74,8 +76,7 @@ impl Store {
         let directories: BTreeSet<_> = files.iter().map(|file| split(&file.path).0.to_owned()).collect();
         for directory in directories {
             let here = || files.iter().filter(|file| split(&file.path).0 == directory);
-            let recover = || self.recover(&directory).map_err(|errno| format!("look for what is left there: {errno}"));
-            match self.lock(&directory).and_then(|lock| recover().map(|()| lock)) {
+            match self.lock(&directory) {
                 Ok(lock) => unnamed.locks.push(lock),
                 Err(why) => {
                     here().for_each(|file| each(file, Outcome::Kept(why.clone())));
@@ -93,6 +94,32 @@ impl Store {
         unnamed
     }
 
+    /// Gives the files their names back that a process has left without, which has died. Before anything is looked at.
+    pub fn recover(&self) -> Result<()> {
+        for directory in look::directories(&self.directory)? {
+            if !self.has_left(&directory).unwrap_or_default() {
+                continue;
+            }
+            let failed =
+                |why: String| Error::new(Kind::FailedPrecondition, format!("give names back in {directory:?}: {why}"));
+            let _lock = self.lock(&directory).map_err(failed)?;
+            self.recover_in(&directory).map_err(|errno| failed(errno.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn has_left(&self, directory: &str) -> rustix::io::Result<bool> {
+        let directory = open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name.starts_with(b".") && name.ends_with(UNNAMED.as_bytes()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// So that nobody makes an image in this directory meanwhile.
     fn lock(&self, directory: &str) -> std::result::Result<StdFile, String> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -100,7 +127,12 @@ impl Store {
         let open = || {
             let directory = open(&self.directory, directory, OFlags::PATH | OFlags::DIRECTORY)?;
             let file = rustix::fs::openat(directory, LOCK, flags, mode)?;
-            // Whoever makes images, whatever the umask of this process. A file of another user has its mode.
+            let stat = rustix::fs::fstat(&file)?;
+            // Somebody may have laid another file there.
+            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
+                return Err(Errno::MLINK);
+            }
+            // For whoever makes images, whatever the umask of this process. A file of another user has its mode.
             let _ = rustix::fs::fchmod(&file, mode);
             Ok(file)
         };
@@ -120,11 +152,17 @@ impl Store {
             }
             let directory = open(&self.directory, split(&file.path).0, OFlags::PATH | OFlags::DIRECTORY)?;
             let name = split(&file.path).1;
+            // By now it may be another, or in use.
+            let stat = rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if look::content(&stat) != file.content {
+                return Err(Errno::STALE);
+            }
             rustix::fs::renameat(&directory, name, &directory, unnamed(name)).map(|()| true)
         };
         match take() {
             Ok(true) => Ok(()),
             Ok(false) => Err("by its content it is neither squashfs, EROFS nor SIF".into()),
+            Err(Errno::STALE) => Err("it is another by now".into()),
             Err(errno) => Err(format!("rename it: {errno}")),
         }
     }
@@ -147,6 +185,10 @@ impl Store {
         let (directory, name) = split(path);
         let directory = open(&self.directory, directory, OFlags::PATH | OFlags::DIRECTORY)?;
         rustix::fs::unlinkat(&directory, unnamed(name), AtFlags::empty())?;
+        // Those of a file that has been made again are its own.
+        if rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            return Ok(());
+        }
         for companion in COMPANIONS {
             match rustix::fs::unlinkat(&directory, format!("{name}{companion}"), AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
@@ -156,8 +198,7 @@ impl Store {
         Ok(())
     }
 
-    /// Gives the files their names back that a process has left without, which has died.
-    fn recover(&self, directory: &str) -> rustix::io::Result<()> {
+    fn recover_in(&self, directory: &str) -> rustix::io::Result<()> {
         let directory = open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
         for entry in Dir::read_from(&directory)? {
             let entry = entry?;
@@ -176,15 +217,31 @@ impl Store {
 
 impl Unnamed<'_> {
     /// Deletes those that nobody names by now either, and gives the others their names back. `each` is told of every file.
-    pub fn finish(self, inventory: &Result<Inventory>, grace: Duration, mut each: impl FnMut(&File, Outcome)) {
+    ///
+    /// Where the cluster names anything that it did not `before`, all have their names back: by a symlink it may be any of them, which cannot be
+    /// told while they have none.
+    pub fn finish(
+        self,
+        before: &Inventory,
+        inventory: &Result<Inventory>,
+        grace: Duration,
+        mut each: impl FnMut(&File, Outcome),
+    ) {
         let unused: Result<BTreeSet<String>> = inventory.as_ref().map_err(Clone::clone).and_then(|inventory| {
+            if before.is_installed && !inventory.is_installed {
+                return Err(Error::new(Kind::FailedPrecondition, "the CSIDriver is there no more"));
+            }
+            if let Some(new) = inventory.names_beside(before) {
+                let message = format!("{new} names an image that nobody did a moment ago: try again");
+                return Err(Error::new(Kind::Aborted, message));
+            }
             let (there, unreadable) = self.store.files(inventory)?;
             if let Some(why) = unreadable.into_iter().next() {
                 return Err(Error::new(Kind::FailedPrecondition, why));
             }
             let mut files = there;
             files.extend(self.store.marked(self.files.clone(), inventory).0);
-            let judged = judge(files, SystemTime::now(), grace).into_iter();
+            let judged = self.store.judge(files, SystemTime::now(), grace).into_iter();
             Ok(judged.filter(|(_, verdict)| *verdict == Verdict::Unused).map(|(file, _)| file.path).collect())
         });
         for file in &self.files {

@@ -12,6 +12,7 @@ use serde::Serializer;
 
 use super::File;
 use crate::error::{Error, Kind, Result};
+use crate::kernel::image::Content;
 use crate::spec::index;
 
 /// How names of images end: what is in a file with another is not known without reading it.
@@ -25,8 +26,13 @@ const MOST: usize = 1_000_000;
 pub fn files(directory: &OwnedFd) -> Result<Vec<File>> {
     let (mut files, mut directories, mut seen) = (Vec::new(), vec![String::new()], 0);
     while let Some(below) = directories.pop() {
-        let mut look = || -> rustix::io::Result<()> {
-            let open = open(directory, &below, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let opened = open(directory, &below, OFlags::RDONLY | OFlags::DIRECTORY);
+        let look = || -> rustix::io::Result<()> {
+            let open = match opened {
+                // Gone since, or others': what is in it is not judged, and its indexes name what is in it.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS) if !below.is_empty() => return Ok(()),
+                opened => opened?,
+            };
             for entry in Dir::read_from(&open)? {
                 let entry = entry?;
                 let name = entry.file_name().to_bytes();
@@ -43,21 +49,19 @@ pub fn files(directory: &OwnedFd) -> Result<Vec<File>> {
                 };
                 match FileType::from_raw_mode(stat.st_mode) {
                     FileType::Directory => directories.push(path),
-                    FileType::RegularFile => files.extend(file(directory, path, &stat)),
+                    FileType::RegularFile => files.extend(file(directory, path, &stat)?),
                     _ => {}
                 }
             }
             Ok(())
         };
-        match look() {
-            // It was there a moment ago.
-            Ok(()) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
-            Err(errno) => {
-                let hint =
-                    if errno == Errno::OVERFLOW { ": there are too many files: name a directory in it" } else { "" };
-                return Err(Error::new(Kind::Internal, format!("look into {below:?} of the directory: {errno}{hint}")));
-            }
-        }
+        look().map_err(|errno| {
+            let hint = match errno {
+                Errno::OVERFLOW => ": there are too many files: name a directory in it",
+                _ => ": what cannot be read may name any image",
+            };
+            Error::new(Kind::Internal, format!("look into {below:?} of the directory: {errno}{hint}"))
+        })?;
     }
     files.sort_by(|one: &File, other| one.path.cmp(&other.path));
     // What an index is read for is no use of it: it was used when its layers were.
@@ -69,26 +73,34 @@ pub fn files(directory: &OwnedFd) -> Result<Vec<File>> {
     Ok(files)
 }
 
-fn file(directory: &OwnedFd, path: String, stat: &Stat) -> Option<File> {
+fn file(directory: &OwnedFd, path: String, stat: &Stat) -> rustix::io::Result<Option<File>> {
     let time = |seconds: i64| UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs());
     let (changed, size) = (time(stat.st_mtime).max(time(stat.st_ctime)), stat.st_size.unsigned_abs());
-    let used_by = BTreeSet::new();
+    let (content, used_by) = (content(stat), BTreeSet::new());
     if IMAGES.iter().any(|ending| path.ends_with(ending)) {
-        return Some(File { path, size, last_used: changed.max(time(stat.st_atime)), layers: None, used_by });
+        let last_used = changed.max(time(stat.st_atime));
+        return Ok(Some(File { path, size, last_used, content, layers: None, used_by }));
     }
-    if !path.ends_with(INDEX) {
-        return None;
-    }
-    let layers = layers(directory, &path)?;
-    Some(File { path, size, last_used: changed, layers: Some(layers), used_by })
+    let layers = if path.ends_with(INDEX) { layers(directory, &path)? } else { None };
+    Ok(layers.map(|layers| File { path, size, last_used: changed, content, layers: Some(layers), used_by }))
 }
 
-/// The layers of an index, if it is one.
-fn layers(directory: &OwnedFd, path: &str) -> Option<Vec<String>> {
-    let file = open(directory, path, OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
+/// Which file it is, and which bytes it has, as far as stat(2) can tell.
+pub fn content(stat: &Stat) -> Content {
+    let modified = stat.st_mtime.unsigned_abs().saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec);
+    Content { inode: stat.st_ino, size: stat.st_size.unsigned_abs(), modified }
+}
+
+/// The layers of an index; `None` where it is none, and an error where nobody can say: its layers would pass for files of nobody.
+fn layers(directory: &OwnedFd, path: &str) -> rustix::io::Result<Option<Vec<String>>> {
+    let file = match open(directory, path, OFlags::RDONLY | OFlags::NONBLOCK) {
+        Err(Errno::NOENT) => return Ok(None),
+        file => file?,
+    };
     let mut text = Vec::new();
-    std::fs::File::from(file).take(LONGEST_INDEX).read_to_end(&mut text).ok()?;
-    Some(index::parse(&text).ok()?.into_iter().map(|layer| layer.name).collect())
+    let read = std::fs::File::from(file).take(LONGEST_INDEX).read_to_end(&mut text);
+    read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    Ok(index::parse(&text).ok().map(|layers| layers.into_iter().map(|layer| layer.name).collect()))
 }
 
 /// Opens what is below the directory, without following a symbolic link.
@@ -96,6 +108,30 @@ pub fn open(directory: impl AsFd, path: &str, flags: OFlags) -> rustix::io::Resu
     let path = if path.is_empty() { "." } else { path };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     rustix::fs::openat2(directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+/// The directories below it, with itself: those that can be read.
+pub fn directories(directory: &OwnedFd) -> Result<Vec<String>> {
+    let (mut found, mut next) = (Vec::new(), vec![String::new()]);
+    while let Some(below) = next.pop() {
+        let Ok(opened) = open(directory, &below, OFlags::RDONLY | OFlags::DIRECTORY) else { continue };
+        let Ok(entries) = Dir::read_from(&opened) else { continue };
+        for entry in entries.filter_map(|entry| entry.ok()) {
+            let name = entry.file_name().to_str().unwrap_or_default().to_owned();
+            let is_directory = !name.is_empty()
+                && !name.starts_with('.')
+                && rustix::fs::statat(&opened, &*name, AtFlags::SYMLINK_NOFOLLOW)
+                    .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
+            if is_directory {
+                next.push(if below.is_empty() { name } else { format!("{below}/{name}") });
+            }
+        }
+        found.push(below);
+        if found.len() > MOST {
+            break;
+        }
+    }
+    Ok(found)
 }
 
 /// Where a path below the directory leads, by symlinks that do not leave it; `None` where it leads nowhere.

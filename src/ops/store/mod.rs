@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::kernel::image::Content;
 use crate::kernel::mount::open_directory;
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kubernetes::inventory::Inventory;
@@ -33,6 +34,9 @@ pub struct File {
     /// When it was read or changed last, as far as its server keeps that.
     #[serde(serialize_with = "look::seconds")]
     pub last_used: SystemTime,
+    /// Which file it was, and when it was written.
+    #[serde(skip)]
+    pub content: Content,
     /// The names of the files beside it that it is the index of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<Vec<String>>,
@@ -70,6 +74,12 @@ impl Store {
         Ok(self.marked(look::files(&self.directory)?, inventory))
     }
 
+    /// The files of [`Store::files`], as one looks at them: layers are in use by their indexes, whoever uses those.
+    pub fn listed(&self, mut files: Vec<File>) -> Vec<File> {
+        mark_layers(&self.directory, &mut files, |_| true);
+        files
+    }
+
     fn marked(&self, mut files: Vec<File>, inventory: &Inventory) -> (Vec<File>, Vec<String>) {
         let mut unreadable = Vec::new();
         for reference in &inventory.references {
@@ -99,23 +109,22 @@ impl Store {
     }
 }
 
-/// Of each index that is in use, the layers are.
-fn mark_layers(files: &mut [File], is_used: impl Fn(&File) -> bool) {
+/// Of each index that is in use, the layers are: by their names, in whatever directory, for an index may be named by a symlink; and what lies
+/// beside it by those names, where that is one.
+fn mark_layers(directory: &OwnedFd, files: &mut [File], is_used: impl Fn(&File) -> bool) {
     let mut named = BTreeMap::<String, BTreeSet<String>>::new();
     for index in files.iter().filter(|file| is_used(file)) {
         for layer in index.layers.iter().flatten() {
-            named.entry(index.beside(layer)).or_default().insert(index.path.clone());
+            let real = look::real_path(directory, &index.beside(layer));
+            let real = real.and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+            for name in [Some(layer.clone()), real].into_iter().flatten() {
+                named.entry(name).or_default().insert(index.path.clone());
+            }
         }
     }
     for file in files {
-        file.used_by.extend(named.remove(&file.path).unwrap_or_default());
+        file.used_by.extend(named.get(look::split(&file.path).1).cloned().unwrap_or_default());
     }
-}
-
-/// The files of [`Store::files`], as one looks at them: layers are in use by their indexes, whoever uses those.
-pub fn listed(mut files: Vec<File>) -> Vec<File> {
-    mark_layers(&mut files, |_| true);
-    files
 }
 
 /// What the server calls a directory on an NFS mount of this machine.

@@ -2,7 +2,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
-use super::gc::{Outcome, Verdict, judge};
+use super::gc::{Outcome, Verdict};
 use super::*;
 use crate::kernel::file_lock::{Lock, try_lock};
 use crate::kubernetes::inventory::Reference;
@@ -50,11 +50,12 @@ impl Fixture {
     fn collect(&self, named: &Inventory, then: &Inventory) -> Vec<(String, Outcome)> {
         let (files, unreadable) = self.store.files(named).unwrap();
         assert!(unreadable.is_empty());
-        let judged = judge(files, SystemTime::now(), Duration::ZERO).into_iter();
+        let judged = self.store.judge(files, SystemTime::now(), Duration::ZERO).into_iter();
         let unused = judged.filter(|(_, verdict)| *verdict == Verdict::Unused).map(|(file, _)| file).collect();
         let mut told = Vec::new();
         let unnamed = self.store.unname(unused, |file, outcome| told.push((file.path.clone(), outcome)));
-        unnamed.finish(&Ok(then.clone()), Duration::ZERO, |file, outcome| told.push((file.path.clone(), outcome)));
+        unnamed
+            .finish(named, &Ok(then.clone()), Duration::ZERO, |file, outcome| told.push((file.path.clone(), outcome)));
         told
     }
 }
@@ -66,7 +67,7 @@ fn named(paths: &[&str]) -> Inventory {
 }
 
 fn used_by(store: &Store, inventory: &Inventory) -> Vec<(String, Vec<String>)> {
-    let files = listed(store.files(inventory).unwrap().0);
+    let files = store.listed(store.files(inventory).unwrap().0);
     files.into_iter().map(|file| (file.path, file.used_by.into_iter().collect())).collect()
 }
 
@@ -97,7 +98,7 @@ fn what_nobody_names_is_unused_when_the_time_of_grace_is_over() {
     );
     let files = || it.store.files(&named(&["/images/a.sqsh", "/images/x.json"])).unwrap().0;
     let of = |now, verdict: fn(&Verdict) -> bool| {
-        let judged = judge(files(), now, MONTH).into_iter().filter(|(_, it)| verdict(it));
+        let judged = it.store.judge(files(), now, MONTH).into_iter().filter(|(_, it)| verdict(it));
         judged.map(|(file, _)| file.path).collect::<Vec<_>>()
     };
     let now = SystemTime::now();
@@ -124,13 +125,44 @@ fn what_is_deleted_goes_with_what_lies_beside_it() {
 }
 
 #[test]
-fn what_somebody_names_meanwhile_gets_its_name_back_with_its_layers() {
+fn where_somebody_names_an_image_meanwhile_all_have_their_names_back() {
     let it = Fixture::new(&["a.sqsh", "b.sqsh", "layer.sqsh"], &[("x.json", &["layer.sqsh"])]);
     let before = it.there();
-    let told = it.collect(&named(&[]), &named(&["/images/b.sqsh", "/images/x.json"]));
-    let deleted: Vec<_> = told.iter().filter(|(_, outcome)| *outcome == Outcome::Deleted).collect();
-    assert_eq!(deleted, [&("a.sqsh".to_owned(), Outcome::Deleted)]);
-    assert_eq!(it.there(), before[1..]);
+    // By a symlink, which leads nowhere while the file has no name.
+    symlink("b.sqsh", it.directory.path().join("current")).unwrap();
+    let told = it.collect(&named(&["/images/c.sqsh"]), &named(&["/images/c.sqsh", "/images/current"]));
+    assert!(
+        told.len() == 4
+            && told.iter().all(|(_, outcome)| matches!(outcome, Outcome::Kept(why) if why.contains("try again")))
+    );
+    fs::remove_file(it.directory.path().join("current")).unwrap();
+    assert_eq!(it.there(), before);
+}
+
+#[test]
+fn layers_are_in_use_also_by_symlinks_and_by_an_index_that_is_one() {
+    let it = Fixture::new(&["base-1.sqsh", "top.sqsh"], &[]);
+    let path = |name: &str| it.directory.path().join(name);
+    fs::create_dir(path("indexes")).unwrap();
+    fs::write(path("indexes/x.json"), r#"{"layers":["top.sqsh"]}"#).unwrap();
+    fs::write(path("y.json"), r#"{"layers":["base.sqsh"]}"#).unwrap();
+    symlink("indexes/x.json", path("x.json")).unwrap();
+    symlink("base-1.sqsh", path("base.sqsh")).unwrap();
+    let named = named(&["/images/x.json", "/images/y.json"]);
+    assert!(it.collect(&named, &named).is_empty());
+}
+
+#[test]
+fn a_file_that_was_made_again_since_it_was_looked_at_stays() {
+    let it = Fixture::new(&["a.sqsh"], &[]);
+    let (files, _) = it.store.files(&named(&[])).unwrap();
+    let head = fs::read(it.directory.path().join("a.sqsh")).unwrap();
+    fs::write(it.directory.path().join("new"), [head, vec![0; 512]].concat()).unwrap();
+    fs::rename(it.directory.path().join("new"), it.directory.path().join("a.sqsh")).unwrap();
+    let mut told = Vec::new();
+    drop(it.store.unname(files, |_, outcome| told.push(outcome)));
+    assert_eq!(told, [Outcome::Kept("it is another by now".into())]);
+    assert_eq!(it.there(), ["a.sqsh"]);
 }
 
 #[test]
@@ -146,7 +178,7 @@ fn nothing_goes_where_the_cluster_cannot_be_asked_again_or_says_what_cannot_be_r
         let mut told = Vec::new();
         let unnamed = it.store.unname(files, |_, outcome| told.push(outcome));
         assert_eq!(it.there(), [".a.sqsh.deleted"]);
-        unnamed.finish(&again, Duration::ZERO, |_, outcome| told.push(outcome));
+        unnamed.finish(&Inventory::default(), &again, Duration::ZERO, |_, outcome| told.push(outcome));
         let [Outcome::Kept(kept)] = &told[..] else { panic!("{told:?}") };
         assert!(kept.contains(why), "{kept}");
         assert_eq!(it.there(), ["a.sqsh"]);
@@ -160,8 +192,8 @@ fn what_a_killed_process_left_without_a_name_has_it_again() {
     let of_a = files.into_iter().filter(|file| file.path == "a.sqsh").collect();
     drop(it.store.unname(of_a, |_, _| {}));
     assert_eq!(it.there(), [".a.sqsh.deleted", "b.sqsh"]);
-    it.collect(&named(&["/images/a.sqsh"]), &named(&["/images/a.sqsh"]));
-    assert_eq!(it.there(), ["a.sqsh"]);
+    it.store.recover().unwrap();
+    assert_eq!(it.there(), ["a.sqsh", "b.sqsh"]);
 }
 
 #[test]
