@@ -1,7 +1,7 @@
 //! The image file: opened where it cannot escape, and looked at before the kernel's file systems parse it.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
@@ -77,7 +77,25 @@ impl Image {
         let file = rustix::fs::openat2(base, path, flags, Mode::empty(), symlinks.resolve())
             .doing(|| format!("open image {path}"))
             .map_err(explain_escape)?;
-        let file = File::from(file);
+        Self::of(File::from(file), path)
+    }
+
+    /// The same where a device may be opened, as below the node's root directory: it is looked at before it is opened, for to open a watchdog and
+    /// to close it is enough. Needs a /proc.
+    pub fn open_on_node(base: impl AsFd, path: &str, symlinks: Symlinks) -> Result<Self> {
+        let opening = || format!("open image {path}");
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = rustix::fs::openat2(base, path, flags, Mode::empty(), symlinks.resolve());
+        let found = File::from(found.doing(opening).map_err(explain_escape)?);
+        if !found.metadata().map_err(|error| unreadable(path, errno_of(&error)))?.is_file() {
+            return Self::of(found, path);
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let file = rustix::fs::open(format!("/proc/self/fd/{}", found.as_raw_fd()), flags, Mode::empty());
+        Self::of(File::from(file.doing(opening).map_err(|error| error.about(Subject::Image))?), path)
+    }
+
+    fn of(file: File, path: &str) -> Result<Self> {
         let metadata = file.metadata().map_err(|error| unreadable(path, errno_of(&error)))?;
         let kind = metadata.file_type();
         if !kind.is_file() {
@@ -322,5 +340,13 @@ mod tests {
         assert_eq!(open("absolute"), Errno::XDEV);
         assert_eq!(open("parent"), Errno::XDEV);
         assert_eq!(open("absent"), Errno::NOENT);
+        let open = |path| Image::open_on_node(&base, path, Symlinks::Refused).map(drop).map_err(|error| error.errno());
+        assert_eq!(open("dir"), Err(Errno::ISDIR));
+        assert_eq!(open("absolute"), Err(Errno::LOOP));
+        assert_eq!(open("absent"), Err(Errno::NOENT));
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        assert_eq!(open("file"), Ok(()));
+        let dev = File::open("/dev").unwrap();
+        assert_eq!(Image::open_on_node(dev, "null", Symlinks::Refused).unwrap_err().errno(), Errno::INVAL);
     }
 }

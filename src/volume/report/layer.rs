@@ -32,6 +32,8 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// `PATH_MAX` without its null byte, and the largest set of attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const LONGEST_PATH: usize = 4095;
 const ATTRIBUTES: usize = 64 << 10;
+/// The most bytes of all values of one file: the driver's container has little memory.
+const MOST_OF_A_FILE: usize = 1 << 20;
 /// The most bytes of names of files that have several: they are kept in memory.
 const LINKS: usize = 8 << 20;
 
@@ -192,7 +194,7 @@ impl<W: Write> Layer<W> {
 
 /// Those that say something about what is in the image, and not about this machine or this overlay.
 fn attributes(file: impl AsFd, path: &[u8]) -> Result<Vec<(String, Vec<u8>)>> {
-    let (mut kept, mut names) = (Vec::new(), vec![0; ATTRIBUTES]);
+    let (mut kept, mut names, mut sum) = (Vec::new(), vec![0; ATTRIBUTES], 0);
     match flistxattr(&file, &mut names[..]) {
         Ok(length) => names.truncate(length),
         Err(Errno::OPNOTSUPP) => return Ok(kept),
@@ -208,6 +210,11 @@ fn attributes(file: impl AsFd, path: &[u8]) -> Result<Vec<(String, Vec<u8>)>> {
         let length =
             fgetxattr(&file, name, &mut value[..]).map_err(|errno| failed("read an attribute of", path, errno))?;
         value.truncate(length);
+        value.shrink_to_fit();
+        sum += length;
+        if sum > MOST_OF_A_FILE {
+            return Err(unfit(path, "it has more than 1 MiB of attributes"));
+        }
         kept.push((format!("SCHILY.xattr.{name}"), value));
     }
     kept.sort();

@@ -59,7 +59,9 @@ impl Preparer {
         };
         Ok(match self.open_or_copy(spec, &name, opened).await? {
             Opened::OnServer(base, image) => {
-                self.copy_small(name, &image, &base).await?;
+                if image.identity.size <= MAX as u64 {
+                    self.copy_small(name, &image, &base).await?;
+                }
                 (Some(base), image)
             }
             Opened::Copied(_, copy) => (None, copy),

@@ -92,13 +92,18 @@ impl Preparer {
                 Ok(Opened::Copied(original, copy))
             }
             Err(error) => {
-                if is_of_server(&error)
-                    && let Err(error) = self.cache.is_gone(name).await
-                {
-                    tracing::warn!(%error, "an older copy is not marked");
-                }
+                self.mark_gone(name, &error).await;
                 Err(error)
             }
+        }
+    }
+
+    /// What a server says that it has no more is not begun with when it is silent.
+    pub(super) async fn mark_gone(&self, name: &Name, error: &Error) {
+        if is_of_server(error)
+            && let Err(error) = self.cache.is_gone(name).await
+        {
+            tracing::warn!(%error, "an older copy is not marked");
         }
     }
 

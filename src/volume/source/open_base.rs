@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::build::build;
 use super::prepared::{Prepared, PreparedBase};
-use crate::kernel::mount::DetachedMount;
+use crate::kernel::image::Image;
+use crate::kernel::mount::{DetachedMount, Symlinks};
 use crate::kernel::{self, Kernel};
 
 /// A base while paths are opened below it.
@@ -26,6 +27,14 @@ impl AsFd for OpenBase {
 }
 
 impl OpenBase {
+    /// See [`Image::open`]. The mounts of the driver open no device; the node's own do.
+    pub(super) fn open_image(&self, path: &str, symlinks: Symlinks) -> kernel::Result<Image> {
+        match self {
+            OpenBase::HostRoot(root) => Image::open_on_node(root, path, symlinks),
+            OpenBase::Directory(_) | OpenBase::Detached(_) => Image::open(self, path, symlinks),
+        }
+    }
+
     pub(super) fn new(base: PreparedBase, kernel: &dyn Kernel) -> kernel::Result<Self> {
         Ok(match base {
             PreparedBase::HostRoot(root, _) => OpenBase::HostRoot(root),

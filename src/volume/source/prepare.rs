@@ -238,7 +238,7 @@ impl Preparer {
         let (path, symlinks, sealed) = (spec.path.clone(), symlinks(&spec.base, spec.symlinks), spec.verity.is_some());
         let image = self.below(&base, format!("open image {name}"), move |base| {
             measured("image", || {
-                let image = Image::open(base, &path, symlinks)?;
+                let image = base.open_image(&path, symlinks)?;
                 if let Some(file_system) = file_system {
                     image.check(&path, file_system, sealed)?;
                 }

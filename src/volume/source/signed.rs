@@ -3,11 +3,11 @@
 use minisign_verify::{PublicKey, Signature};
 
 use super::layers;
+use super::open_base::OpenBase;
 use super::prepare::{Preparer, symlinks};
 use super::prepared::PreparedBase;
 use crate::blocking::OffThread;
 use crate::error::{Error, Kind, Result};
-use crate::kernel::image::Image;
 use crate::kernel::verity::RootHash;
 use crate::places::run_at;
 use crate::spec::{Loopback, Verity};
@@ -79,13 +79,17 @@ impl Preparer {
             return run_at(None, format!("read the copy of {file}"), move || layers::read(&copy, &path, MAX)).await;
         };
         let symlinks = symlinks(&spec.base, spec.symlinks);
-        let read = move |base: &_| {
-            let image = Image::open(base, &path, symlinks)?;
+        let read = move |base: &OpenBase| {
+            let image = base.open_image(&path, symlinks)?;
             let text = layers::read(&image, &path, MAX)?;
             Ok((OffThread::new(image), text))
         };
-        let (image, text) = self.below(base, format!("read {file}"), read).await?;
-        if let Some(name) = copied {
+        let found = self.below(base, format!("read {file}"), read).await;
+        if let (Err(error), Some(name)) = (&found, &copied) {
+            self.mark_gone(name, error).await;
+        }
+        let (image, text) = found?;
+        if let Some(name) = copied.filter(|_| image.identity.size <= MAX as u64) {
             self.copy_small(name, &image, base).await?;
         }
         Ok(text)
