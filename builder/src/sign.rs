@@ -5,7 +5,9 @@ use std::io::Cursor;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use minisign::{PublicKey, SecretKey, SecretKeyBox, SignatureBox};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use minisign::{PublicKey, SecretKey, SignatureBox};
 
 /// A secret key without a password.
 pub struct Key {
@@ -17,9 +19,11 @@ impl Key {
     /// Reads what `minisign -G -W` makes.
     pub fn read(path: &Path) -> Result<Key> {
         let read = || -> Result<Key> {
-            let secret = SecretKeyBox::from_string(&fs::read_to_string(path)?)?;
-            let secret =
-                secret.into_unencrypted_secret_key().context("is it one without a password, by 'minisign -G -W'?")?;
+            let text = fs::read_to_string(path)?;
+            let line = text.lines().nth(1).context("it has no second line")?;
+            // minisign(1) gives a key without a password no checksum, which this library's own reader would miss.
+            let secret = SecretKey::from_bytes(&STANDARD.decode(line.trim())?)?;
+            ensure!(!secret.is_encrypted(), "it has a password: make one without, by 'minisign -G -W'");
             Ok(Key { public: PublicKey::from_secret_key(&secret)?, secret })
         };
         read().with_context(|| format!("read the secret key {}", path.display()))
@@ -47,7 +51,11 @@ mod tests {
     fn key(directory: &Path, name: &str) -> Key {
         let path = directory.join(name);
         let pair = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
-        fs::write(&path, pair.sk.to_box(None).unwrap().into_string()).unwrap();
+        let mut bytes = pair.sk.to_bytes();
+        // As minisign(1) leaves it.
+        let checksum = bytes.len() - 32;
+        bytes[checksum..].fill(0);
+        fs::write(&path, format!("untrusted comment: a\n{}\n", STANDARD.encode(bytes))).unwrap();
         Key::read(&path).unwrap()
     }
 
@@ -66,7 +74,18 @@ mod tests {
     fn a_key_with_a_password_is_none() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("key");
-        fs::write(&path, "untrusted comment: a\nRWRTY0IyAAAA").unwrap();
-        assert!(format!("{:#}", Key::read(&path).err().unwrap()).contains("read the secret key"));
+        let pair = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
+        let mut bytes = pair.sk.to_bytes();
+        bytes[2..4].copy_from_slice(b"Sc");
+        bytes[100] ^= 1;
+        for (text, why) in [
+            (format!("a\n{}\n", STANDARD.encode(bytes)), "it has a password"),
+            ("a".to_owned(), "no second line"),
+            ("a\nRWRTY0IyAAAA\n".to_owned(), "read the secret key"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = format!("{:#}", Key::read(&path).err().unwrap());
+            assert!(error.contains(why), "{error}");
+        }
     }
 }
