@@ -96,28 +96,35 @@ impl Store {
 
     /// Gives the files their names back that a process has left without, which has died. Before anything is looked at.
     pub fn recover(&self) -> Result<()> {
-        for directory in look::directories(&self.directory)? {
-            if !self.has_left(&directory).unwrap_or_default() {
-                continue;
-            }
+        for directory in look::directories(&self.directory) {
             let failed =
                 |why: String| Error::new(Kind::FailedPrecondition, format!("give names back in {directory:?}: {why}"));
+            let left = || self.left(&directory).map_err(|errno| failed(errno.to_string()));
+            if left()?.is_empty() {
+                continue;
+            }
             let _lock = self.lock(&directory).map_err(failed)?;
-            self.recover_in(&directory).map_err(|errno| failed(errno.to_string()))?;
+            for path in left()? {
+                match self.give_name_back(&path) {
+                    // It was made again: the one that was to go goes with the next.
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(errno) => return Err(failed(errno.to_string())),
+                }
+            }
         }
         Ok(())
     }
 
-    fn has_left(&self, directory: &str) -> rustix::io::Result<bool> {
-        let directory = open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        for entry in Dir::read_from(&directory)? {
+    /// The paths that files without a name had in this directory.
+    fn left(&self, directory: &str) -> rustix::io::Result<Vec<String>> {
+        let mut left = Vec::new();
+        for entry in Dir::read_from(&open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?)? {
             let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name.starts_with(b".") && name.ends_with(UNNAMED.as_bytes()) {
-                return Ok(true);
-            }
+            let was = entry.file_name().to_str().unwrap_or_default();
+            let name = was.strip_prefix('.').and_then(|name| name.strip_suffix(UNNAMED));
+            left.extend(name.map(|name| look::join(directory, name)));
         }
-        Ok(false)
+        Ok(left)
     }
 
     /// So that nobody makes an image in this directory meanwhile.
@@ -193,22 +200,6 @@ impl Store {
             match rustix::fs::unlinkat(&directory, format!("{name}{companion}"), AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => return Err(errno),
-            }
-        }
-        Ok(())
-    }
-
-    fn recover_in(&self, directory: &str) -> rustix::io::Result<()> {
-        let directory = open(&self.directory, directory, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        for entry in Dir::read_from(&directory)? {
-            let entry = entry?;
-            let was = entry.file_name().to_str().unwrap_or_default();
-            if let Some(name) = was.strip_prefix('.').and_then(|name| name.strip_suffix(UNNAMED)) {
-                match rename(&directory, was, name) {
-                    // It was made again: the one that was to go goes with the next.
-                    Ok(()) | Err(Errno::EXIST) => {}
-                    Err(errno) => return Err(errno),
-                }
             }
         }
         Ok(())

@@ -42,7 +42,7 @@ pub fn files(directory: &OwnedFd) -> Result<Vec<File>> {
                 }
                 // A name that no spec can have is that of no image. Those with a dot are for what is not complete, and for snapshots.
                 let Some(name) = std::str::from_utf8(name).ok().filter(|name| !name.starts_with('.')) else { continue };
-                let path = if below.is_empty() { name.to_owned() } else { format!("{below}/{name}") };
+                let path = join(&below, name);
                 let stat = match rustix::fs::statat(&open, name, AtFlags::SYMLINK_NOFOLLOW) {
                     Err(Errno::NOENT) => continue,
                     stat => stat?,
@@ -111,7 +111,7 @@ pub fn open(directory: impl AsFd, path: &str, flags: OFlags) -> rustix::io::Resu
 }
 
 /// The directories below it, with itself: those that can be read.
-pub fn directories(directory: &OwnedFd) -> Result<Vec<String>> {
+pub fn directories(directory: &OwnedFd) -> Vec<String> {
     let (mut found, mut next) = (Vec::new(), vec![String::new()]);
     while let Some(below) = next.pop() {
         let Ok(opened) = open(directory, &below, OFlags::RDONLY | OFlags::DIRECTORY) else { continue };
@@ -123,7 +123,7 @@ pub fn directories(directory: &OwnedFd) -> Result<Vec<String>> {
                 && rustix::fs::statat(&opened, &*name, AtFlags::SYMLINK_NOFOLLOW)
                     .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
             if is_directory {
-                next.push(if below.is_empty() { name } else { format!("{below}/{name}") });
+                next.push(join(&below, &name));
             }
         }
         found.push(below);
@@ -131,7 +131,7 @@ pub fn directories(directory: &OwnedFd) -> Result<Vec<String>> {
             break;
         }
     }
-    Ok(found)
+    found
 }
 
 /// Where a path below the directory leads, by symlinks that do not leave it; `None` where it leads nowhere.
@@ -144,6 +144,11 @@ pub fn real_path(directory: &OwnedFd, path: &str) -> Option<PathBuf> {
 
 pub fn seconds<S: Serializer>(time: &SystemTime, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.serialize_u64(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
+}
+
+/// The path of a name in a directory, which is empty for the first one.
+pub fn join(directory: &str, name: &str) -> String {
+    if directory.is_empty() { name.to_owned() } else { format!("{directory}/{name}") }
 }
 
 /// The directory and the name of a path.
