@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{XattrFlags, setxattr};
 
 use super::image::Tree;
-use super::run;
+use super::{Driver, run};
 
 /// What is below a writable layer here.
 pub fn image(path: impl AsRef<Path>) {
@@ -22,8 +22,21 @@ pub fn image(path: impl AsRef<Path>) {
     tree.squashfs(path.as_ref());
 }
 
+/// Writes into a volume and commits it, and again while no driver serves it; returns the tar.
+pub fn assert_committed(driver: &mut Driver, target: &Path) -> Vec<u8> {
+    write(target);
+    let tar = driver.commit(target).unwrap();
+    assert_is_written(&tar);
+    // It stands on nothing that the driver's process has, and changes nothing.
+    driver.kill();
+    assert_eq!(driver.commit(target).unwrap(), tar);
+    driver.launch();
+    assert_eq!(fs::read_to_string(target.join("changed")).unwrap(), "22");
+    tar
+}
+
 /// Writes over, removes, replaces a directory, and makes all kinds of files.
-pub fn write(target: &Path) {
+fn write(target: &Path) {
     let path = |name: &str| target.join(name).display().to_string();
     fs::write(path("changed"), "22").unwrap();
     fs::remove_file(path("gone")).unwrap();
@@ -45,7 +58,7 @@ pub fn write(target: &Path) {
 }
 
 /// `tar` is a whole one of what [`write`] did.
-pub fn assert_is_written(tar: &[u8]) {
+fn assert_is_written(tar: &[u8]) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("layer.tar");
     fs::write(&file, tar).unwrap();

@@ -17,14 +17,7 @@ fn what_a_pod_wrote_is_a_layer_in_a_directory_or_in_a_file_system_of_its_own() {
         of.extend((!size.is_empty()).then_some(("overlaySize", size)));
         let volume = Volume::flat("v", &of).writable();
         let target = driver.mount(&volume, "pod").unwrap();
-        layer::write(&target);
-        let tar = driver.commit(&target).unwrap();
-        layer::assert_is_written(&tar);
-        // It stands on nothing that the driver's process has, and changes nothing.
-        driver.kill();
-        assert_eq!(driver.commit(&target).unwrap(), tar);
-        driver.launch();
-        assert_eq!(fs::read_to_string(target.join("changed")).unwrap(), "22");
+        let tar = layer::assert_committed(&mut driver, &target);
         fs::write(target.join("later"), "").unwrap();
         assert_ne!(driver.commit(&target).unwrap(), tar);
         if !size.is_empty() {
