@@ -29,7 +29,7 @@ use csi_driver_squashfs::csi::v1::{
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest,
     NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, VolumeCapability,
 };
-use csi_driver_squashfs::kernel::{device_mapper, loop_device};
+use csi_driver_squashfs::kernel::{device_mapper::verified, loop_device};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
@@ -320,7 +320,7 @@ impl Driver {
 
     /// The device-mapper devices that carry this driver's mark.
     pub fn verified_devices(&self) -> usize {
-        device_mapper::list(&loop_device::Tag::new(&self.name)).unwrap().len()
+        verified::list(&loop_device::Tag::new(&self.name)).unwrap().len()
     }
 
     /// Fails unless the kernel and the disk have nothing of this driver's: mounts, loop devices, connections, scratch layers.

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 
-use super::device_mapper::{Verified, VerifiedDevice};
+use super::device_mapper::{Message, Multipath, MultipathDevice, PathState, Verified, VerifiedDevice};
 use super::image::{Image, ImageIdentity};
 use super::loop_device::{Attached, LoopDevice, MAJOR, Purpose, Reads, Tag};
 use super::mount::{DetachedMount, MountAttrFlags, NewMount, open_directory};
@@ -44,6 +44,21 @@ struct State {
     ignores_read_only: bool,
     merged_with: Option<(String, String)>,
     is_corrupted: bool,
+    multipath: Vec<OverPaths>,
+}
+
+/// The major numbers of devices whose minor number is that of their loop device.
+const VERIFIED: u32 = 253;
+const MULTIPATH: u32 = 254;
+
+/// A multipath device.
+struct OverPaths {
+    tag: Tag,
+    multipath: Multipath,
+    sectors: u64,
+    /// A user of each loop device below.
+    _below: Vec<OwnedFd>,
+    users: PipeReader,
 }
 
 struct Loop {
@@ -59,9 +74,64 @@ struct Loop {
 impl Loop {
     /// One more user.
     fn open(&self) -> Result<OwnedFd> {
-        let users = format!("/proc/self/fd/{}", self.users.as_raw_fd());
-        let opened = std::fs::OpenOptions::new().write(true).open(users);
-        Ok(opened.doing(|| "open a pipe again".into())?.into())
+        one_more_of(&self.users)
+    }
+}
+
+fn one_more_of(users: &PipeReader) -> Result<OwnedFd> {
+    let users = format!("/proc/self/fd/{}", users.as_raw_fd());
+    let opened = std::fs::OpenOptions::new().write(true).open(users);
+    Ok(opened.doing(|| "open a pipe again".into())?.into())
+}
+
+impl Multipath {
+    fn new_of(loop_device: u32, paths: &[(u32, u32)], queues: bool) -> Self {
+        let path = |(index, &device)| PathState { device, is_failed: false, fails: 0, is_current: index == 0 };
+        let paths = paths.iter().enumerate().map(path).collect();
+        Multipath { loop_device, device: (MULTIPATH, loop_device), queues, paths }
+    }
+
+    fn is_over(&self, paths: &[(u32, u32)]) -> bool {
+        self.paths.iter().map(|path| path.device).eq(paths.iter().copied())
+    }
+
+    fn path(&mut self, device: (u32, u32)) -> Option<&mut PathState> {
+        self.paths.iter_mut().find(|path| path.device == device)
+    }
+
+    /// Does what it is told, if it has such a path.
+    fn apply(&mut self, message: Message) -> bool {
+        match message {
+            Message::FailPath(device) => {
+                let Some(path) = self.path(device) else { return false };
+                path.fails += u32::from(!path.is_failed);
+                (path.is_failed, path.is_current) = (true, false);
+            }
+            Message::ReinstatePath(device) => {
+                let Some(path) = self.path(device) else { return false };
+                path.is_failed = false;
+            }
+            Message::SwitchGroup(number) => {
+                if number == 0 || self.paths.len() < number as usize {
+                    return false;
+                }
+                for (path, at) in self.paths.iter_mut().zip(1..) {
+                    path.is_current = at == number && !path.is_failed;
+                }
+            }
+            Message::QueueIfNoPath => self.queues = true,
+            Message::FailIfNoPath => self.queues = false,
+        }
+        true
+    }
+
+    /// A read chooses the first path that has not failed, where none is current.
+    fn read(&mut self) {
+        if !self.paths.iter().any(|path| path.is_current)
+            && let Some(path) = self.paths.iter_mut().find(|path| !path.is_failed)
+        {
+            path.is_current = true;
+        }
     }
 }
 
@@ -135,9 +205,18 @@ impl Double {
         }
     }
 
+    /// From now on reads of this path of a multipath device fail, and go to the next one that does not, if there is one.
+    pub fn fail_path(&self, path: (u32, u32)) {
+        for device in &mut lock(&self.state).multipath {
+            device.multipath.apply(Message::FailPath(path));
+            device.multipath.read();
+        }
+    }
+
     /// The numbers of the loop devices that somebody has open.
     pub fn live_loop_devices(&self) -> Vec<u32> {
         let mut state = lock(&self.state);
+        state.multipath.retain(|device| is_used(&device.users));
         state.loop_devices.retain(|_, device| is_used(&device.users));
         state.loop_devices.keys().copied().collect()
     }
@@ -153,6 +232,22 @@ impl Double {
             Some((_, errno)) => Err(Error::new(line, *errno).about(subject)),
             None => Ok(()),
         }
+    }
+}
+
+impl State {
+    /// A user of the loop device below each path.
+    fn open_below(&self, paths: &[(u32, u32)]) -> Result<Vec<OwnedFd>> {
+        let open = |(major, number): &(u32, u32)| {
+            let found = self.loop_devices.get(number).filter(|_| [MAJOR, VERIFIED].contains(major));
+            found.ok_or(Errno::NODEV).doing(|| format!("find the path {major}:{number}"))?.open()
+        };
+        paths.iter().map(open).collect()
+    }
+
+    fn multipath_on(&mut self, loop_device: u32, tag: &Tag) -> Result<&mut OverPaths> {
+        let found = self.multipath.iter_mut().find(|it| it.multipath.loop_device == loop_device && it.tag == *tag);
+        found.ok_or(Errno::NXIO).doing(|| format!("find the multipath device of loop{loop_device}"))
     }
 }
 
@@ -263,7 +358,7 @@ impl Kernel for Double {
             number
         };
         let part = match purpose {
-            Purpose::FileSystem | Purpose::Verity => String::new(),
+            Purpose::FileSystem | Purpose::Verity | Purpose::Path { .. } => String::new(),
             Purpose::Sif => image.partition().map(|part| format!("{} bytes at {} of ", part.size, part.offset))?,
         };
         let called = self.call(format!("loop{number}: {part}an image of {} bytes", image.identity.size), Subject::Node);
@@ -288,16 +383,14 @@ impl Kernel for Double {
         };
         Tree::find(&file, size)?;
         let users = lock(&self.state).loop_devices[&number].open()?;
-        Ok(VerifiedDevice::of_path(format!("/dev/verified/dev/loop{number}").into(), users))
+        Ok(VerifiedDevice::of_path(format!("/dev/verified/dev/loop{number}").into(), (VERIFIED, number), users))
     }
 
     fn verified_devices(&self, _: &Tag) -> Result<Vec<Verified>> {
         let live = self.live_loop_devices();
         let state = lock(&self.state);
-        let devices = state
-            .loop_devices
-            .iter()
-            .filter(|(number, device)| live.contains(number) && device.purpose == Purpose::Verity);
+        let devices =
+            state.loop_devices.iter().filter(|(number, device)| live.contains(number) && device.purpose.is_verified());
         let describe = |(&loop_device, device): (&u32, &Loop)| Verified {
             loop_device,
             root: device.root,
@@ -306,7 +399,57 @@ impl Kernel for Double {
         Ok(devices.map(describe).collect())
     }
 
-    fn sweep_verified(&self, _: &Tag) -> Result<()> {
+    /// A device whose path ends with that of its first loop device: see [`Kernel::mounts`].
+    fn multipath_device(&self, first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<MultipathDevice> {
+        self.call(format!("loop{first}: multipath over {} of {sectors} sectors", shown(paths)), Subject::Node)?;
+        self.live_loop_devices();
+        let mut state = lock(&self.state);
+        let opened = |users| {
+            let path = format!("/dev/multipath/dev/loop{first}");
+            MultipathDevice::of_path(path.into(), (MULTIPATH, first), users)
+        };
+        if let Some(found) = state.multipath.iter().find(|it| it.multipath.loop_device == first && it.tag == *tag) {
+            if !found.multipath.is_over(paths) || found.sectors != sectors {
+                return Err(Error::new(format!("make the multipath device over {}", shown(paths)), Errno::BUSY));
+            }
+            return one_more_of(&found.users).map(opened);
+        }
+        let below = state.open_below(paths)?;
+        let (users, writer) = pipe().doing(|| "make a pipe".into())?;
+        let multipath = Multipath::new_of(first, paths, false);
+        state.multipath.push(OverPaths { tag: tag.clone(), multipath, sectors, _below: below, users });
+        Ok(opened(writer.into()))
+    }
+
+    fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>> {
+        self.live_loop_devices();
+        let state = lock(&self.state);
+        Ok(state.multipath.iter().filter(|it| it.tag == *tag).map(|it| it.multipath.clone()).collect())
+    }
+
+    fn tell_multipath(&self, loop_device: u32, message: Message, tag: &Tag) -> Result<()> {
+        let line = format!("loop{loop_device}: {}", message.text());
+        self.call(line.clone(), Subject::Node)?;
+        self.live_loop_devices();
+        match lock(&self.state).multipath_on(loop_device, tag)?.multipath.apply(message) {
+            true => Ok(()),
+            false => Err(Error::new(line, Errno::INVAL)),
+        }
+    }
+
+    fn change_paths(&self, loop_device: u32, paths: &[(u32, u32)], queue: bool, tag: &Tag) -> Result<()> {
+        let waits = if queue { "waiting" } else { "failing" };
+        self.call(format!("loop{loop_device}: other paths {}, {waits}", shown(paths)), Subject::Node)?;
+        self.live_loop_devices();
+        let mut state = lock(&self.state);
+        let below = state.open_below(paths)?;
+        let device = state.multipath_on(loop_device, tag)?;
+        device.multipath = Multipath::new_of(loop_device, paths, queue);
+        device._below = below;
+        Ok(())
+    }
+
+    fn sweep_mapped(&self, _: &Tag) -> Result<()> {
         Ok(())
     }
 
@@ -363,6 +506,10 @@ fn is_used(users: &PipeReader) -> bool {
 
 fn path_of(directory: BorrowedFd<'_>) -> PathBuf {
     std::fs::read_link(format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd())).unwrap()
+}
+
+fn shown(paths: &[(u32, u32)]) -> String {
+    paths.iter().map(|(major, minor)| format!("{major}:{minor}")).collect::<Vec<_>>().join(" ")
 }
 
 /// In the words of mount(8).

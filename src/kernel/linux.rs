@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use super::device_mapper::{self, Verified, VerifiedDevice};
+use super::device_mapper::{self, Message, Multipath, MultipathDevice, Verified, VerifiedDevice, multipath, verified};
 use super::image::Image;
 use super::loop_device::{self, Attached, LoopDevice, Purpose, Tag};
 use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
@@ -83,10 +83,26 @@ impl Kernel for Linux {
     }
 
     fn verified_devices(&self, tag: &Tag) -> Result<Vec<Verified>> {
-        device_mapper::list(tag)
+        verified::list(tag)
     }
 
-    fn sweep_verified(&self, tag: &Tag) -> Result<()> {
+    fn multipath_device(&self, first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<MultipathDevice> {
+        MultipathDevice::on(first, paths, sectors, tag)
+    }
+
+    fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>> {
+        multipath::list(tag)
+    }
+
+    fn tell_multipath(&self, loop_device: u32, message: Message, tag: &Tag) -> Result<()> {
+        multipath::tell(loop_device, message, tag)
+    }
+
+    fn change_paths(&self, loop_device: u32, paths: &[(u32, u32)], queue: bool, tag: &Tag) -> Result<()> {
+        multipath::change_paths(loop_device, paths, queue, tag)
+    }
+
+    fn sweep_mapped(&self, tag: &Tag) -> Result<()> {
         device_mapper::sweep(tag)
     }
 

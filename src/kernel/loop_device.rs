@@ -37,9 +37,12 @@ const WATCHED: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_secs(5);
 const EARLIER: Duration = Duration::from_millis(100);
 
-/// In the name of devices below another that verifies, and of those that have a part of their image.
-const VERITY: &str = ":v";
-const SIF: &str = ":s";
+/// In the name of devices below another that verifies, of those that have a part of their image, and, before the number of a server, of
+/// paths that are not verified and that are.
+const VERITY: &str = "v";
+const SIF: &str = "s";
+const PATH: &str = "p";
+const VERIFIED_PATH: &str = "w";
 
 /// What stands on a device. Each claims it for itself: an image that is used both ways has two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +52,45 @@ pub enum Purpose {
     Sif,
     /// A [`super::device_mapper::VerifiedDevice`].
     Verity,
+    /// A [`super::device_mapper::MultipathDevice`], of which this is the path to the server with this index in the volume's list.
+    Path {
+        server: u8,
+        /// There is a [`super::device_mapper::VerifiedDevice`] in between.
+        verified: bool,
+    },
+}
+
+impl Purpose {
+    /// Whether what stands on it verifies it.
+    pub fn is_verified(self) -> bool {
+        matches!(self, Purpose::Verity | Purpose::Path { verified: true, .. })
+    }
+
+    /// The end of a device's name.
+    fn word(self) -> Option<String> {
+        match self {
+            Purpose::FileSystem => None,
+            Purpose::Sif => Some(SIF.to_owned()),
+            Purpose::Verity => Some(VERITY.to_owned()),
+            Purpose::Path { server, verified } => {
+                Some(format!("{}{server}", if verified { VERIFIED_PATH } else { PATH }))
+            }
+        }
+    }
+
+    fn read(word: Option<&str>) -> Option<Self> {
+        let path = |server: &str, verified| Some(Purpose::Path { server: server.parse().ok()?, verified });
+        match word {
+            None => Some(Purpose::FileSystem),
+            Some(SIF) => Some(Purpose::Sif),
+            Some(VERITY) => Some(Purpose::Verity),
+            Some(word) => match (word.strip_prefix(PATH), word.strip_prefix(VERIFIED_PATH)) {
+                (Some(server), _) => path(server, false),
+                (_, Some(server)) => path(server, true),
+                _ => None,
+            },
+        }
+    }
 }
 
 /// Whose device it is: the mark of one driver name in `lo_file_name`.
@@ -67,30 +109,23 @@ impl Tag {
         &self.0
     }
 
-    /// The whole name: at most 57 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
+    /// The whole name: at most 60 of the 63 bytes that `lo_file_name` holds. Device and inode the kernel adds itself.
     fn name(&self, image: &ImageIdentity, purpose: Purpose) -> String {
-        let purpose = match purpose {
-            Purpose::FileSystem => "",
-            Purpose::Sif => SIF,
-            Purpose::Verity => VERITY,
-        };
+        let purpose = purpose.word().map(|word| format!(":{word}")).unwrap_or_default();
         format!("{}:{:x}:{:x}{purpose}", self.0, image.size, image.changed)
     }
 
     fn read(&self, info: &loop_info64) -> Option<(ImageIdentity, Purpose)> {
         let name = info.lo_file_name.split(|&byte| byte == 0).next()?;
         let rest = std::str::from_utf8(name).ok()?.strip_prefix(&self.0)?.strip_prefix(':')?;
-        let (rest, purpose) = match (rest.strip_suffix(VERITY), rest.strip_suffix(SIF)) {
-            (Some(rest), _) => (rest, Purpose::Verity),
-            (_, Some(rest)) => (rest, Purpose::Sif),
-            _ => (rest, Purpose::FileSystem),
-        };
+        let (size, rest) = rest.split_once(':')?;
+        let (changed, word) = rest.split_once(':').map_or((rest, None), |(changed, word)| (changed, Some(word)));
+        let purpose = Purpose::read(word)?;
         // Whatever its name says: one of a part is never taken for one of the whole, nor the other way.
         let is_whole = (info.lo_offset, info.lo_sizelimit) == (0, 0);
         if is_whole == (purpose == Purpose::Sif) {
             return None;
         }
-        let (size, changed) = rest.split_once(':')?;
         let identity = ImageIdentity {
             device: info.lo_device,
             inode: info.lo_inode,
@@ -118,6 +153,11 @@ impl LoopDevice {
         device_path(self.number)
     }
 
+    /// Its number, major and minor.
+    pub fn device(&self) -> (u32, u32) {
+        (MAJOR, self.number)
+    }
+
     /// For a double, which holds something else open.
     #[cfg(test)]
     pub(crate) fn of_number(number: u32, fd: OwnedFd) -> Self {
@@ -136,7 +176,7 @@ impl LoopDevice {
             }
         }
         let part = match purpose {
-            Purpose::FileSystem | Purpose::Verity => None,
+            Purpose::FileSystem | Purpose::Verity | Purpose::Path { .. } => None,
             Purpose::Sif => Some(image.partition()?),
         };
         let flags = LO_FLAGS_READ_ONLY as u32 | LO_FLAGS_AUTOCLEAR as u32;
@@ -413,18 +453,34 @@ mod tests {
     fn the_largest_identity_fits_into_the_name_and_is_read_back() {
         let identity = ImageIdentity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
         let tag = Tag::new("squashfs.csi.dev");
-        let name = tag.name(&identity, Purpose::Verity);
-        assert!(name.len() < 64, "{name}");
-        assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::Verity)));
+        let path = |server, verified| Purpose::Path { server, verified };
+        let paths = [path(0, false), path(0, true), path(255, false), path(255, true)];
+        for purpose in [Purpose::FileSystem, Purpose::Verity].into_iter().chain(paths) {
+            let name = tag.name(&identity, purpose);
+            assert!(name.len() < 64, "{name}");
+            assert_eq!(tag.read(&info(&name)), Some((identity, purpose)));
+        }
+        assert!(
+            tag.name(&identity, path(0, false)).ends_with(":p0") && tag.name(&identity, path(1, true)).ends_with(":w1")
+        );
+    }
+
+    #[test]
+    fn a_device_with_a_purpose_of_a_later_version_is_none_of_another_purpose() {
+        let identity = ImageIdentity { device: 5, inode: 7, size: 1, changed: 2 };
+        let tag = Tag::new("squashfs.csi.dev");
         let name = tag.name(&identity, Purpose::FileSystem);
-        assert_eq!(tag.read(&info(&name)), Some((identity, Purpose::FileSystem)));
+        for word in ["x", "p", "w", "p256", "v1", "p0:", "v:p0", ""] {
+            assert_eq!(tag.read(&info(&format!("{name}:{word}"))), None, "{word}");
+        }
     }
 
     #[test]
     fn a_device_of_a_part_is_none_of_the_whole_whatever_its_name_says() {
         let identity = ImageIdentity { device: 5, inode: 7, size: u64::MAX, changed: u64::MAX };
         let tag = Tag::new("squashfs.csi.dev");
-        for purpose in [Purpose::FileSystem, Purpose::Verity, Purpose::Sif] {
+        let path = Purpose::Path { server: 1, verified: false };
+        for purpose in [Purpose::FileSystem, Purpose::Verity, Purpose::Sif, path] {
             let name = tag.name(&identity, purpose);
             assert!(name.len() < 64, "{name}");
             for part in [(0, 0), (36864, 4096), (36864, 0), (0, 4096)] {

@@ -36,7 +36,7 @@ pub use linux::Linux;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-use device_mapper::{Verified, VerifiedDevice};
+use device_mapper::{Message, Multipath, MultipathDevice, Verified, VerifiedDevice};
 use image::Image;
 use loop_device::{Attached, LoopDevice, Purpose, Tag};
 use mount::{DetachedMount, MountAttrFlags, NewMount};
@@ -74,8 +74,16 @@ pub trait Kernel: Send + Sync {
     fn verified_device(&self, device: &LoopDevice, size: u64, root: &RootHash, tag: &Tag) -> Result<VerifiedDevice>;
     /// All of these with this mark. Asks no server.
     fn verified_devices(&self, tag: &Tag) -> Result<Vec<Verified>>;
-    /// Removes those that a killed process left.
-    fn sweep_verified(&self, tag: &Tag) -> Result<()>;
+    /// The device over these paths in this order. See [`MultipathDevice::on`].
+    fn multipath_device(&self, first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<MultipathDevice>;
+    /// All of these with this mark. Asks no server.
+    fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>>;
+    /// See [`device_mapper::multipath::tell`]. Asks no server.
+    fn tell_multipath(&self, loop_device: u32, message: Message, tag: &Tag) -> Result<()>;
+    /// Other paths for a device, under whoever reads in it. See [`device_mapper::multipath::change_paths`].
+    fn change_paths(&self, loop_device: u32, paths: &[(u32, u32)], queue: bool, tag: &Tag) -> Result<()>;
+    /// Removes those of both kinds that a killed process left.
+    fn sweep_mapped(&self, tag: &Tag) -> Result<()>;
     /// Puts a copy of the device's image in its place. See [`LoopDevice::change_backing`].
     fn change_backing(&self, device: &LoopDevice, copy: &Image) -> Result<()>;
     /// All loop devices with this mark, by number; each is held open while the answer lives.

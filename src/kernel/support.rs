@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::device_mapper::{multipath, verified};
 use super::error::{Doing, Error, Result};
+use super::loop_device;
 use super::mount::find_file_system;
 use super::namespace::PrivateNamespace;
-use super::{device_mapper, loop_device};
 
 /// The oldest release that has every system call that is used: mount_setattr(2) is the youngest.
 const OLDEST: (u32, u32) = (5, 12);
@@ -44,8 +45,10 @@ pub fn list() -> Vec<Support> {
         list.push(support(format!("file system {name}"), needed, found));
     }
     list.push(support("loop devices".into(), true, new_loop_device()));
-    let verity = device_mapper::version().map(|version| format!("dm-verity {version}"));
+    let verity = verified::version().map(|version| format!("dm-verity {version}"));
     list.push(support("verified images".into(), false, verity));
+    let multipath = multipath::version().map(|version| format!("dm-multipath {version}"));
+    list.push(support("images on several servers".into(), false, multipath));
     list
 }
 

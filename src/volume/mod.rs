@@ -331,7 +331,7 @@ impl Volumes {
                 let trash = records.empty_trash();
                 let trash = trash.map_err(|error| Error::new(Kind::Internal, format!("empty the trash: {error}")));
                 // None waits for the success of another.
-                for swept in [trash, records.sweep(&*kernel), kernel.sweep_verified(&tag).map_err(Error::from)] {
+                for swept in [trash, records.sweep(&*kernel), kernel.sweep_mapped(&tag).map_err(Error::from)] {
                     if let Err(error) = swept {
                         tracing::error!(%error, "sweep");
                     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::waiting::{self, Told, Waiting};
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
-use crate::kernel::device_mapper::{self, Verified};
+use crate::kernel::device_mapper::{Verified, verified};
 use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
@@ -97,7 +97,7 @@ pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Stat
     let List { records, unreadable } = record::list(data_dir)?;
     let volumes = volumes(&records, &mountinfo::read()?);
     let mark = Mark::new(driver_name);
-    let (attached, verified) = (loop_device::list(mark.tag())?, device_mapper::list(mark.tag())?);
+    let (attached, verified) = (loop_device::list(mark.tag())?, verified::list(mark.tag())?);
     let copies = by_hand::open(cache_dir)?;
     let copy_of = |device: &Attached| copies.as_ref()?.image_below(device);
     let loop_devices = loop_devices(attached, &verified, &volumes, copy_of);
@@ -142,7 +142,7 @@ pub fn loop_devices(
         Loop {
             number,
             local: image.is_some(),
-            verified: attached.purpose == loop_device::Purpose::Verity,
+            verified: attached.purpose.is_verified(),
             corrupted: verified.iter().any(|it| it.is_corrupted && it.loop_device == number),
             image: image.or(attached.backing_file.map(|path| without_nfs_directory(&path).to_owned())),
             size: attached.identity.size,

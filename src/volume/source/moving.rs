@@ -10,7 +10,7 @@ use super::prepared::{ImageKey, PreparedBase};
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::{Content, Image, ImageIdentity};
-use crate::kernel::loop_device::{Attached, Purpose};
+use crate::kernel::loop_device::Attached;
 use crate::kernel::{self, Kernel};
 use crate::lock::lock;
 use crate::places::run_at;
@@ -130,7 +130,7 @@ impl Mover {
         let work = move || {
             let is_movable = copy.is_movable()?;
             let mut devices = kernel.loop_devices(mark.tag())?;
-            devices.retain(|it| it.identity == from && (is_movable || it.purpose == Purpose::Verity));
+            devices.retain(|it| it.identity == from && (is_movable || it.purpose.is_verified()));
             let mut moved = Vec::new();
             for Attached { device, purpose, .. } in &devices {
                 if let Err(error) = kernel.change_backing(device, &copy) {
