@@ -8,6 +8,7 @@ mod harness;
 mod bad_input;
 mod commit;
 mod copies;
+mod device_mapper;
 mod grammar;
 mod hostpath;
 mod killed;

@@ -523,3 +523,46 @@ fn names(attributes: MountAttrFlags) -> String {
     let set = known.into_iter().filter(|(flag, _)| attributes.contains(*flag));
     set.map(|(_, name)| name).collect::<Vec<_>>().join(",")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::mount::Symlinks;
+    use super::*;
+
+    #[test]
+    fn its_multipath_devices_do_as_the_kernel_s() {
+        let (kernel, tag) = (Double::new(), Tag::new("test.csi.dev"));
+        let image = |name: &str| {
+            std::fs::write(kernel.export().join(name), name).unwrap();
+            Image::open(File::open(kernel.export()).unwrap(), name, Symlinks::Refused).unwrap()
+        };
+        let purpose = |server| Purpose::Path { server, verified: false };
+        let first = kernel.loop_device(&image("a"), purpose(0), &tag).unwrap();
+        let second = kernel.loop_device(&image("b"), purpose(1), &tag).unwrap();
+        let paths = [first.device(), second.device()];
+        let device = kernel.multipath_device(first.number(), &paths, 8, &tag).unwrap();
+        let state = || {
+            let listed = kernel.multipath_devices(&tag).unwrap().remove(0);
+            let path = |path: &PathState| (path.is_failed, path.fails, path.is_current);
+            (listed.paths.iter().map(path).collect::<Vec<_>>(), listed.queues)
+        };
+        assert_eq!(state(), (vec![(false, 0, true), (false, 0, false)], false));
+        kernel.fail_path(paths[0]);
+        kernel.tell_multipath(first.number(), Message::QueueIfNoPath, &tag).unwrap();
+        assert_eq!(state(), (vec![(true, 1, false), (false, 0, true)], true));
+        kernel.tell_multipath(first.number(), Message::ReinstatePath(paths[0]), &tag).unwrap();
+        kernel.tell_multipath(first.number(), Message::SwitchGroup(1), &tag).unwrap();
+        assert_eq!(state(), (vec![(false, 1, true), (false, 0, false)], true));
+        let error = kernel.tell_multipath(first.number(), Message::FailPath((7, 99)), &tag).unwrap_err();
+        assert_eq!(error.errno(), Errno::INVAL);
+        assert_eq!(kernel.multipath_device(first.number(), &paths[1..], 8, &tag).unwrap_err().errno(), Errno::BUSY);
+        // What it stands on stays as long as it does.
+        drop((first, second));
+        assert_eq!(kernel.live_loop_devices(), [0, 1]);
+        kernel.change_paths(0, &paths[..1], false, &tag).unwrap();
+        assert_eq!((state(), kernel.live_loop_devices()), ((vec![(false, 0, true)], false), vec![0]));
+        drop(device);
+        assert_eq!(kernel.live_loop_devices(), [0; 0]);
+        assert!(kernel.multipath_devices(&tag).unwrap().is_empty());
+    }
+}

@@ -14,7 +14,7 @@ use super::{
     Command, Control, NOFLUSH, Opened, PATIENCE, SKIP_LOCKFS, STATUS_TABLE, Table, device_in, find_or_make, is_loaded,
     sectors, status,
 };
-use crate::kernel::error::{Doing, Result};
+use crate::kernel::error::{Doing, Error, Result};
 use crate::kernel::loop_device::Tag;
 
 /// What one reads in that lets each of its devices wait where every path failed.
@@ -45,10 +45,12 @@ impl MultipathDevice {
     /// gives it its name. The one that is there already, which goes on as it was told, or a new one: a read of that fails where every path
     /// fails, until it is told to wait ([`Message::QueueIfNoPath`]). No path is read.
     ///
-    /// `EBUSY` where the one of this name has other paths and a user, `EINVAL` where the kernel has no such target, or a path is too short.
+    /// `EBUSY` where the one of this name has other paths and a user, `ENOENT` where a path is not there, `EINVAL` where one is too short, or the
+    /// kernel has no such target.
     pub fn on(first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<Self> {
         let control = Control::open()?;
         let name = name(first, tag);
+        check_sizes(paths, sectors)?;
         let doing = |what: &str| format!("{what} the multipath device over {} ({name})", shown(paths));
         let find = || {
             let Some(opened) = control.open_device(&name)? else { return Ok(None) };
@@ -172,18 +174,22 @@ pub fn tell(loop_device: u32, message: Message, tag: &Tag) -> Result<()> {
 /// failed. None of them counts as failed then, and the first is read. Waits for the reads that are under way on the old ones; the others
 /// go to the new ones. Where it fails, all is as it was.
 ///
-/// `ENXIO` where there is no such device, `EINVAL` where a path is too short.
+/// `ENXIO` where there is no such device, `ENOENT` where a path is not there, `EINVAL` where one is too short.
 pub fn change_paths(loop_device: u32, paths: &[(u32, u32)], queue: bool, tag: &Tag) -> Result<()> {
     let control = Control::open()?;
     let name = name(loop_device, tag);
     let doing = |what: &str| format!("{what} {name} over {}", shown(paths));
     let told = control.ask(&name, 0)?.ok_or(Errno::NXIO).doing(|| format!("look at {name}"))?;
-    control.load(&name, &table(paths, sectors(&told), queue), &doing)?;
+    let sectors = sectors(&told);
+    check_sizes(paths, sectors)?;
+    control.load(&name, &table(paths, sectors, queue), &doing)?;
     // Neither are reads that wait for a path failed, nor is the file system asked to write, which cannot.
     let resumed = control.call(Command::Resume, &name, NOFLUSH | SKIP_LOCKFS, &[]);
     if resumed.is_err() {
-        // Else the table that nobody reads would keep the new paths from going. The first error is the one to report.
+        // Else the table that nobody reads would keep the new paths from going, and the device might stay suspended (do_resume() in
+        // dm-ioctl.c). The first error is the one to report.
         let _ = control.call(Command::ClearTable, &name, 0, &[]);
+        let _ = control.call(Command::Resume, &name, 0, &[]);
     }
     resumed.map(drop).doing(|| doing("go on with"))
 }
@@ -200,6 +206,21 @@ pub(super) fn read_name(read: &str, tag: &Tag) -> Option<u32> {
 /// The number in the name of a multipath device, whichever driver's it is.
 pub(super) fn loop_device_in(name: &str) -> Option<u32> {
     name.strip_prefix("csi-squashfs-")?.split_once(INFIX)?.1.parse().ok()
+}
+
+/// The kernel looks at the size of a path of a live device's new table when that is suspended already, and then leaves it so
+/// (dm_swap_table() in dm.c): a process that were killed there would leave it to its readers.
+fn check_sizes(paths: &[(u32, u32)], sectors: u64) -> Result<()> {
+    for (major, minor) in paths {
+        let doing = || format!("look for the path {major}:{minor}");
+        let size = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).doing(doing)?;
+        let size: u64 = size.trim_end().parse().unwrap_or_default();
+        if size < sectors {
+            let error = Error::new(format!("read the path {major}:{minor} to its end"), Errno::INVAL);
+            return Err(error.with_hint(format!("it has {size} sectors of 512 bytes, and {sectors} are wanted")));
+        }
+    }
+    Ok(())
 }
 
 fn shown(paths: &[(u32, u32)]) -> String {
