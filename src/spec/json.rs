@@ -13,7 +13,7 @@ use super::error::SpecError;
 use super::mount_options::MountOptions;
 use super::parsed::{Form, Parsed};
 use super::read::{self, Object};
-use super::{MOUNT_SPEC, wire};
+use super::{MOUNT_SPEC, replicas, wire};
 use reader::Reader;
 
 /// Reads one `mount` object of at most 64 KiB.
@@ -26,6 +26,7 @@ pub(super) fn parse_with(text: &str, options: &MountOptions) -> Result<Parsed, S
     let mut reader = Reader::new(options);
     let mount = reader.mount("", Object(wire(text)?), 1)?;
     options.check_use(&mount)?;
+    replicas::check(&mount)?;
     Ok(Parsed::new(mount, reader.warnings, Form::Json))
 }
 

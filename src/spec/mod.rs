@@ -18,6 +18,7 @@ pub mod plan;
 pub mod policy;
 pub mod quantity;
 mod read;
+pub mod replicas;
 pub mod schema;
 pub mod source;
 pub mod template;
@@ -61,6 +62,8 @@ pub enum Mount {
 pub struct Nfs {
     /// A host name, an IPv4 address, or an IPv6 address without brackets.
     pub host: String,
+    /// Further servers that hold the same image, in the order in which they are asked: see [`replicas`].
+    pub replicas: Vec<String>,
     /// The exported path: absolute, without `..`.
     pub path: String,
     pub read_only: bool,
@@ -69,13 +72,17 @@ pub struct Nfs {
     pub options: Vec<NfsOption>,
 }
 
-/// As mount(8) writes it: `192.168.3.253:/images`, `[fd00::2]:/images`.
+/// As mount(8) writes it: `192.168.3.253:/images`, `[fd00::2]:/images`; of several servers `a,b:/images`.
 impl fmt::Display for Nfs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.contains(':') {
-            true => write!(f, "[{}]:{}", self.host, self.path),
-            false => write!(f, "{}:{}", self.host, self.path),
+        for (at, host) in self.hosts().enumerate() {
+            let comma = if at > 0 { "," } else { "" };
+            match host.contains(':') {
+                true => write!(f, "{comma}[{host}]")?,
+                false => write!(f, "{comma}{host}")?,
+            }
         }
+        write!(f, ":{}", self.path)
     }
 }
 

@@ -10,7 +10,7 @@ use super::parsed::{Form, Parsed};
 use super::source::Source;
 use super::{
     Attach, Base, Device, FsType, HOST_PATH, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper,
-    json, options, quantity, text,
+    json, options, quantity, replicas, text,
 };
 
 /// The parameter that says whether symlinks are followed, in either form.
@@ -53,7 +53,8 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// Reads a volume's attributes and mount options. `attributes` is a map of strings, by reference.
 ///
 /// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required, or else `source`, the
-/// container image that it was made of; `hostPath`, a directory of the node, in place of `server` and `share`), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
+/// container image that it was made of; `server` may be several, separated by commas; `hostPath`, a directory of the node, in place of
+/// `server` and `share`), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
 /// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
 /// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
@@ -149,6 +150,7 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
     };
     options.check_use(&mount)?;
+    replicas::check(&mount).map_err(|error| Form::Flat.place(error))?;
     Ok(Parsed::new(mount, Vec::new(), Form::Flat))
 }
 
@@ -162,8 +164,10 @@ fn nfs(
     let version = get("nfsVersion").map(NfsVersion::parse).transpose();
     let own: Result<_, String> =
         mount_options::list(get("nfsOptions").unwrap_or_default()).map(options::parse).collect();
+    let (host, replicas) = replicas::hosts(server).map_err(at("server"))?;
     Ok(Nfs {
-        host: text::host(server).map_err(at("server"))?,
+        host,
+        replicas,
         path: text::absolute(share).map_err(at("share"))?,
         read_only: true,
         version: version.and_then(|version| options.version_for(version)).map_err(at("nfsVersion"))?,

@@ -23,6 +23,19 @@ pub(super) enum Form {
     Flat,
 }
 
+impl Form {
+    /// An error about a place of the JSON form, with the place in this one.
+    pub(super) fn place(self, error: SpecError) -> SpecError {
+        match self {
+            Form::Flat if error.parameter == MOUNT_SPEC => {
+                let parameter = flat_parameter(&error.pointer).to_owned();
+                SpecError { parameter, pointer: String::new(), ..error }
+            }
+            Form::Json | Form::Flat => error,
+        }
+    }
+}
+
 impl Parsed {
     pub(super) fn new(mount: Mount, warnings: Vec<String>, form: Form) -> Parsed {
         Parsed { mount, warnings, form }
@@ -53,13 +66,7 @@ impl Parsed {
     /// [`Policy::check`], with errors that name the places of the form that the user wrote.
     pub fn allowed_by(self, policy: &Policy, namespace: Option<&str>) -> Result<Allowed, SpecError> {
         let form = self.form;
-        Allowed::new(self.mount, policy, namespace).map_err(|error| match form {
-            Form::Flat if error.parameter == MOUNT_SPEC => {
-                let parameter = flat_parameter(&error.pointer).to_owned();
-                SpecError { parameter, pointer: String::new(), ..error }
-            }
-            Form::Json | Form::Flat => error,
-        })
+        Allowed::new(self.mount, policy, namespace).map_err(|error| form.place(error))
     }
 }
 

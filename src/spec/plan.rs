@@ -2,6 +2,10 @@
 
 use super::{Base, Bind, Device, FsType, Mount, Nfs, Overlay, Upper, Verity};
 
+/// Of an image that lies on several servers.
+const JOIN: &str =
+    "join the devices of an image to one (dm-multipath): reads go on from the next server where one does not answer";
+
 /// The steps in order, one line each, without numbers.
 pub fn plan(mount: &Mount) -> Vec<String> {
     let mut steps = Vec::new();
@@ -24,6 +28,7 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                     if loopback.is_index() {
                         steps.push(format!("read {file}, and open the layers that it names"));
                         steps.push("attach each read-only to a loop device".to_owned());
+                        steps.extend(loopback.is_replicated().then(|| JOIN.to_owned()));
                         steps.extend(loopback.verity.map(|_| {
                             "verify each block of them by the root hashes of the index, which is signed".to_owned()
                         }));
@@ -32,8 +37,13 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                         return;
                     }
                     steps.push(format!("open {file}"));
-                    let what = if attach.fs_type == FsType::Sif { "the squashfs in it" } else { "it" };
+                    let what = match attach.fs_type {
+                        FsType::Sif => "the squashfs in it",
+                        _ if loopback.is_replicated() => "each",
+                        _ => "it",
+                    };
                     steps.push(format!("attach {what} read-only to a loop device"));
+                    steps.extend(loopback.is_replicated().then(|| JOIN.to_owned()));
                     steps.extend(loopback.verity.map(|verity| match verity {
                         Verity::Root(_) => format!("verify each block of it by the root hash {verity}"),
                         Verity::Signed => "verify each block of it by the signed root hash beside it".to_owned(),
@@ -44,7 +54,10 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
             steps.push(format!("mount {fs_type} (ro,nosuid,nodev{exec})"));
         }
         Mount::Bind(bind) => add_bind(steps, bind, mount.is_writable()),
-        Mount::Nfs(nfs) => steps.push(format!("mount NFS {} out of the host's sight", source(nfs))),
+        Mount::Nfs(nfs) => {
+            let of_each = |nfs: &Nfs| format!("mount NFS {} out of the host's sight", source(nfs));
+            steps.extend(nfs.on_each().iter().map(of_each));
+        }
         Mount::Overlay(overlay) => add_overlay(steps, overlay),
     }
 }
@@ -75,7 +88,8 @@ fn beneath(steps: &mut Vec<String>, base: &Base, path: &str) -> String {
         Base::Root => format!("/{path} of the node"),
         Base::Mount(mount) => {
             add(steps, mount);
-            if path.is_empty() { "it".to_owned() } else { format!("{path} beneath it") }
+            let it = if base.export().is_some_and(Nfs::is_replicated) { "each" } else { "it" };
+            if path.is_empty() { it.to_owned() } else { format!("{path} beneath {it}") }
         }
     }
 }
@@ -101,6 +115,24 @@ mod tests {
                 "mount NFS 192.168.3.253:/images (nfs 4.2, ro) out of the host's sight",
                 "open image.sqsh beneath it",
                 "attach it read-only to a loop device",
+                "mount squashfs (ro,nosuid,nodev)",
+                "stack overlay: 1 lower, upper: directory",
+                "attach at the target",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_image_on_several_servers_is_attached_from_each_and_joined() {
+        let spec = include_str!("testdata/nfs-loopback.json").replace("192.168.3.253", "a, fd00::1");
+        assert_eq!(
+            plan(json::parse(&spec).unwrap().mount()),
+            [
+                "mount NFS a:/images (nfs 4.2, ro) out of the host's sight",
+                "mount NFS [fd00::1]:/images (nfs 4.2, ro) out of the host's sight",
+                "open image.sqsh beneath each",
+                "attach each read-only to a loop device",
+                JOIN,
                 "mount squashfs (ro,nosuid,nodev)",
                 "stack overlay: 1 lower, upper: directory",
                 "attach at the target",

@@ -239,22 +239,7 @@ impl Policy {
     }
 
     fn check_nfs(&self, at: &str, nfs: &Nfs) -> Result<(), SpecError> {
-        if let Some(servers) = &self.servers {
-            let found: Vec<_> = servers.iter().filter(|server| names_host(&server.host, &nfs.host)).collect();
-            if found.is_empty() {
-                let known = servers.iter().map(|server| server.host.as_str());
-                return Err(denied(format!("{at}/host"), &format!("server {}", quote(&nfs.host)), known));
-            }
-            let allows = |server: &&Server| match &server.exports {
-                Some(exports) => exports.iter().any(|export| covers(export, &nfs.path)),
-                None => true,
-            };
-            if !found.iter().any(allows) {
-                let known = found.iter().flat_map(|server| server.exports.iter().flatten());
-                let what = format!("export {} of {}", quote(&nfs.path), quote(&nfs.host));
-                return Err(denied(format!("{at}/path"), &what, known.map(String::as_str)));
-            }
-        }
+        nfs.hosts().try_for_each(|host| self.check_server(at, host, &nfs.path))?;
         if !self.nfs_versions.contains(&nfs.version) {
             let known = self.nfs_versions.iter().map(|version| version.as_str());
             return Err(denied(format!("{at}/version"), &format!("NFS {}", nfs.version), known));
@@ -264,6 +249,25 @@ impl Policy {
         }
         export::check_required(at, nfs, &self.required_nfs_options)?;
         export::check_limits(at, nfs, &self.nfs_limits)
+    }
+
+    fn check_server(&self, at: &str, host: &str, path: &str) -> Result<(), SpecError> {
+        let Some(servers) = &self.servers else { return Ok(()) };
+        let found: Vec<_> = servers.iter().filter(|server| names_host(&server.host, host)).collect();
+        if found.is_empty() {
+            let known = servers.iter().map(|server| server.host.as_str());
+            return Err(denied(format!("{at}/host"), &format!("server {}", quote(host)), known));
+        }
+        let allows = |server: &&Server| match &server.exports {
+            Some(exports) => exports.iter().any(|export| covers(export, path)),
+            None => true,
+        };
+        if !found.iter().any(allows) {
+            let known = found.iter().flat_map(|server| server.exports.iter().flatten());
+            let what = format!("export {} of {}", quote(path), quote(host));
+            return Err(denied(format!("{at}/path"), &what, known.map(String::as_str)));
+        }
+        Ok(())
     }
 
     /// A pattern that can never match is a mistake of the admin: better said now than denied later.

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use proptest::collection::vec;
+use proptest::collection::{hash_set, vec};
 use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Value, json};
 
 use super::parameters::parse_attributes;
 use super::policy::Policy;
+use super::replicas::MAX_SERVERS;
 use super::{
     Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json, options,
-    schema, template,
+    schema, template, text,
 };
 
 /// The JSON form of a mount, which the driver itself never writes.
@@ -40,7 +41,7 @@ fn to_json(mount: &Mount) -> Value {
             json!({ "kind": "bind", "bind": object })
         }
         Mount::Nfs(nfs) => json!({ "kind": "nfs", "nfs": {
-            "host": nfs.host, "path": nfs.path, "ro": nfs.read_only, "version": nfs.version.as_str(),
+            "host": nfs.hosts().collect::<Vec<_>>().join(","), "path": nfs.path, "ro": nfs.read_only, "version": nfs.version.as_str(),
             "options": nfs.options.iter().map(ToString::to_string).collect::<Vec<_>>(),
         } }),
         Mount::Overlay(overlay) => {
@@ -63,14 +64,39 @@ fn nfs() -> impl Strategy<Value = Mount> {
     ("[a-z][a-z0-9]{0,8}", "(/[a-z, ]{1,5}){1,3}", any::<bool>(), select(VERSIONS), options).prop_map(
         |(host, path, read_only, version, options)| {
             let options = options.iter().map(|text| options::parse(text).unwrap()).collect();
-            Mount::Nfs(Nfs { host, path, read_only, version, options })
+            Mount::Nfs(Nfs { host, replicas: Vec::new(), path, read_only, version, options })
+        },
+    )
+}
+
+/// An image on several servers, itself or in a directory.
+fn replicated() -> impl Strategy<Value = Mount> {
+    let host = prop_oneof!["[a-z][a-z0-9]{0,8}", "10\\.0\\.[1-9]\\.[1-9]", "fd00::[1-9a-f]{1,4}"];
+    let options = select(vec![&["softerr", "timeo=600"][..], &[]]);
+    let of_nfs = (hash_set(host, 2..=MAX_SERVERS), select(VERSIONS), options);
+    (of_nfs, any::<bool>(), select(vec![FsType::Squashfs, FsType::Erofs])).prop_map(
+        |((hosts, version, options), in_directory, fs_type)| {
+            let mut hosts = hosts.into_iter().map(|host| text::host(&host).unwrap());
+            let (host, replicas) = (hosts.next().unwrap(), hosts.collect());
+            let options = options.iter().map(|text| options::parse(text).unwrap()).collect();
+            let nfs = Mount::Nfs(Nfs { host, replicas, path: "/images".into(), read_only: true, version, options });
+            let (path, base) = ("a".to_owned(), Base::Mount(Box::new(nfs)));
+            let symlinks = Symlinks::Follow;
+            let base = match in_directory {
+                true => {
+                    Base::Mount(Box::new(Mount::Bind(Bind { path, symlinks, base, recursive: false, read_only: true })))
+                }
+                false => base,
+            };
+            let device = Device::Loopback(Loopback::new("i".to_owned(), base));
+            Mount::Attach(Attach { fs_type, no_exec: false, device })
         },
     )
 }
 
 /// Any mount without an overlay.
 fn layer() -> impl Strategy<Value = Mount> {
-    nfs().prop_recursive(5, 8, 1, |inner| {
+    prop_oneof![3 => nfs().boxed(), 1 => replicated().boxed()].prop_recursive(5, 8, 1, |inner| {
         let base = prop_oneof![inner.prop_map(|mount| Base::Mount(Box::new(mount))), Just(Base::Root),];
         let path = "[a-z]{1,5}(/[a-z]{1,5}){0,2}";
         prop_oneof![
@@ -143,6 +169,20 @@ proptest! {
     }
 
     #[test]
+    fn on_each_of_its_servers_an_image_is_the_same(mount in replicated()) {
+        let image = mount.images()[0];
+        let export = image.base.export().unwrap();
+        let each = image.on_each();
+        let hosts: Vec<_> = each.iter().map(|image| image.base.export().unwrap().host.as_str()).collect();
+        prop_assert_eq!(hosts, export.hosts().collect::<Vec<_>>());
+        for (alone, nfs) in each.iter().zip(export.on_each()) {
+            prop_assert!(!alone.is_replicated());
+            prop_assert_eq!(alone.base.export(), Some(&nfs));
+            prop_assert_eq!(Nfs { host: export.host.clone(), replicas: export.replicas.clone(), ..nfs }, export.clone());
+        }
+    }
+
+    #[test]
     fn no_text_makes_a_reader_panic(text in any::<String>()) {
         let _ = json::parse(&text);
         let _ = Policy::parse(&text);
@@ -166,7 +206,7 @@ proptest! {
 
     #[test]
     fn flat_values_stay_what_they_are(
-        server in any::<String>(), share in any::<String>(), image in any::<String>(), option in any::<String>(),
+        server in prop_oneof![any::<String>(), "[a-b, /\\[:=]{0,9}"], share in any::<String>(), image in any::<String>(), option in any::<String>(),
     ) {
         let map = [("server", server), ("share", share), ("image", image), ("nfsOptions", option)];
         let map: BTreeMap<_, _> = map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
@@ -174,7 +214,8 @@ proptest! {
             parsed.mount().try_visit::<()>(&mut |_, mount| {
                 if let Mount::Nfs(nfs) = mount {
                     assert!(nfs.options.iter().all(is_known));
-                    assert!(!nfs.host.contains(['/', ',', '=', ' ', '[']));
+                    assert!(nfs.hosts().all(|host| !host.contains(['/', ',', '=', ' ', '['])));
+                    assert!(nfs.hosts().count() <= MAX_SERVERS);
                     assert!(nfs.path.starts_with('/') && nfs.path.split('/').all(|part| part != ".."));
                 }
                 Ok(())

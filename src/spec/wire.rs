@@ -167,8 +167,9 @@ pub(super) struct MountBind {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct MountNfs {
-    /// A host name, an IPv4 address or an IPv6 address.
-    #[schemars(length(min = 1, max = 253))]
+    /// A host name, an IPv4 address or an IPv6 address. Of the export that an image lies on up to eight, separated by commas: servers
+    /// that hold the same image.
+    #[schemars(length(min = 1, max = super::replicas::MAX_TEXT))]
     pub host: String,
     /// The exported directory: absolute, without `..`.
     #[schemars(length(max = 4095), extend("pattern" = "^/"))]

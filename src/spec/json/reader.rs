@@ -7,7 +7,7 @@ use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
     Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay,
-    Symlinks, Upper, Verity, options, quantity, text,
+    Symlinks, Upper, Verity, options, quantity, replicas, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -58,8 +58,10 @@ impl<'a> Reader<'a> {
             let below = format!("/options/{index}");
             own.push(options::parse(option).map_err(wrong(at, &below))?);
         }
+        let (host, replicas) = replicas::hosts(&wire.host).map_err(wrong(at, "/host"))?;
         Ok(Nfs {
-            host: text::host(&wire.host).map_err(wrong(at, "/host"))?,
+            host,
+            replicas,
             path: text::absolute(&wire.path).map_err(wrong(at, "/path"))?,
             read_only: wire.ro || self.options.read_only,
             version: version.and_then(|version| self.options.version_for(version)).map_err(wrong(at, "/version"))?,

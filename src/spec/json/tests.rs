@@ -23,6 +23,7 @@ fn nfs(fields: &str) -> String {
 fn the_image_api_s_own_example_is_read() {
     let nfs = Nfs {
         host: "192.168.3.253".to_owned(),
+        replicas: vec![],
         path: "/images".to_owned(),
         read_only: true,
         version: NfsVersion::V4_2,
@@ -209,7 +210,9 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (r#"{"kind":{"nfs":null}}"#, "/kind", "expected a string, got map"),
     (r#"{"kind":5}"#, "/kind", "expected a string, got integer `5`"),
     // NFS.
-    (r#"{"kind":"nfs","nfs":{"host":"a,b","path":"/"}}"#, "/nfs/host", "not a host name"),
+    (r#"{"kind":"nfs","nfs":{"host":"a b","path":"/"}}"#, "/nfs/host", "not a host name"),
+    (r#"{"kind":"nfs","nfs":{"host":"a,","path":"/"}}"#, "/nfs/host", "a comma without a server beside it"),
+    (r#"{"kind":"nfs","nfs":{"host":"a,b","path":"/"}}"#, "/nfs/host", "has one server"),
     (r#"{"kind":"nfs","nfs":{"host":"a","path":"images"}}"#, "/nfs/path", "not an absolute path"),
     (r#"{"kind":"nfs","nfs":{"host":"a","path":"/a/../b"}}"#, "/nfs/path", "\"..\""),
     (r#"{"kind":"nfs","nfs":{"host":"a","path":"/\u0000"}}"#, "/nfs/path", "control character"),

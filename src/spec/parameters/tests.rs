@@ -122,7 +122,8 @@ fn mistakes_are_told_with_the_parameter() {
 #[test]
 fn bad_flat_values_are_told_with_the_parameter() {
     for (more, message) in [
-        (&[("server", "a,b")][..], "not a host name"),
+        (&[("server", "a b")][..], "not a host name"),
+        (&[("server", "a,,b")], "a comma without a server beside it"),
         (&[("share", "images")], "not an absolute path"),
         (&[("image", "/")], "names no file"),
         (&[("image", "../a")], "\"..\""),

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::denied;
 use crate::spec::error::{SpecError, quote, unknown};
 use crate::spec::pattern::matches;
-use crate::spec::{MOUNT_SPEC, Nfs, options};
+use crate::spec::{MOUNT_SPEC, Nfs, options, replicas};
 
 /// From and to; a bound that is left out is none.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq)]
@@ -23,8 +23,18 @@ pub(super) struct Limit {
 /// Limits by the name of an option that takes a number.
 pub(super) type Limits = BTreeMap<String, Limit>;
 
-/// What the kernel takes for an option that is left out (nfs(5)); others it negotiates with the server.
-const DEFAULTS: [(&str, u32); 3] = [("nconnect", 1), ("retrans", 2), ("timeo", 600)];
+/// What an option is that is left out: the kernel's default (nfs(5)), or what the driver sets for one of several servers. Others are
+/// negotiated with the server.
+fn default(nfs: &Nfs, key: &str) -> Option<u32> {
+    match (key, nfs.is_replicated()) {
+        ("nconnect", _) => Some(1),
+        ("retrans", false) => Some(2),
+        ("retrans", true) => Some(replicas::RETRANS),
+        ("timeo", false) => Some(600),
+        ("timeo", true) => Some(replicas::TIMEO),
+        _ => None,
+    }
+}
 
 /// Whether each option of the export is among `allowed`.
 pub(super) fn check_allowed(at: &str, nfs: &Nfs, allowed: &[String]) -> Result<(), SpecError> {
@@ -53,8 +63,8 @@ pub(super) fn check_required(at: &str, nfs: &Nfs, required: &[String]) -> Result
 pub(super) fn check_limits(at: &str, nfs: &Nfs, limits: &Limits) -> Result<(), SpecError> {
     for (key, Limit { min, max }) in limits {
         let given = nfs.options.iter().find(|option| option.key == *key);
-        let default = DEFAULTS.iter().find(|(known, _)| known == key).map(|(_, value)| *value);
-        let Some(value) = given.and_then(|option| option.value.as_ref()?.parse().ok()).or(default) else { continue };
+        let given_value = given.and_then(|option| option.value.as_ref()?.parse().ok());
+        let Some(value) = given_value.or(default(nfs, key)) else { continue };
         if min.is_some_and(|min| value < min) || max.is_some_and(|max| value > max) {
             let bound = |bound: &Option<u32>, none: &str| bound.map_or(none.to_owned(), |bound| bound.to_string());
             let (min, max) = (bound(min, "the least"), bound(max, "the most"));

@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks, index};
 
 /// What is written.
-const VERSION: u32 = 7;
+const VERSION: u32 = 8;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -56,6 +56,9 @@ pub enum Mount {
     },
     Nfs {
         host: String,
+        /// From version 8 on.
+        #[serde(default)]
+        replicas: Vec<String>,
         path: String,
         read_only: bool,
         version: NfsVersion,
@@ -266,8 +269,9 @@ impl Mount {
                 recursive: *recursive,
                 read_only: *read_only,
             },
-            spec::Mount::Nfs(spec::Nfs { host, path, read_only, version, options }) => Mount::Nfs {
+            spec::Mount::Nfs(spec::Nfs { host, replicas, path, read_only, version, options }) => Mount::Nfs {
                 host: host.clone(),
+                replicas: replicas.clone(),
                 path: path.clone(),
                 read_only: *read_only,
                 version: match version {
@@ -342,8 +346,9 @@ impl Mount {
                 let (symlinks, base) = (symlinks(refuse_symlinks), base.spec(images)?);
                 spec::Mount::Bind(spec::Bind { path, symlinks, base, recursive, read_only })
             }
-            Mount::Nfs { host, path, read_only, version, options } => spec::Mount::Nfs(spec::Nfs {
+            Mount::Nfs { host, replicas, path, read_only, version, options } => spec::Mount::Nfs(spec::Nfs {
                 host,
+                replicas,
                 path,
                 read_only,
                 version: match version {

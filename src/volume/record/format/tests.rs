@@ -82,7 +82,10 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let sif = BTreeMap::from(sif.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let sif = parse_attributes(&sif, &[]).unwrap().mount().clone();
     let sif = Record { mount: sif, images: Vec::new(), ..record("sif", seed) };
+    let replicated = seed.replace("192.168.3.253", "nfs-1, fd00:99::2, nfs-3");
+    assert_ne!(replicated, seed);
     let since = BTreeMap::from([
+        ("replicated", 8),
         ("sif", 7),
         ("layered", 6),
         ("claim", 2),
@@ -98,6 +101,7 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
         ("layered", layered),
         ("prefetched", prefetched),
         ("sif", sif),
+        ("replicated", record("replicated", &replicated)),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
