@@ -1,6 +1,8 @@
 //! What a claim may say of its image, where its StorageClass lets it: the name of an image on the share, by `imagesFromClaim`, a path
 //! pattern, or a container image that one is made of, by `imagesFromSource`, patterns that are separated by commas.
 
+use std::collections::BTreeMap;
+
 use super::error::{SpecError, quote};
 use super::source::{Source, check_pattern};
 use super::{HOST_PATH, MOUNT_SPEC, pattern, text};
@@ -73,15 +75,17 @@ impl MayName {
         Ok(())
     }
 
-    /// By this claim, of a namespace and a name; `None` where claims may name nothing. `is_beside` says which parameters the StorageClass has
+    /// By this claim, of a namespace and a name; `None` where claims may name nothing. `beside` are the parameters that the StorageClass has
     /// besides.
     pub(super) fn by(
         self,
         claim: Option<(&str, &str)>,
-        is_beside: impl Fn(&str) -> bool,
+        beside: &BTreeMap<String, String>,
     ) -> Result<Option<NamingClaim>, SpecError> {
+        let is_beside = |name: &str| beside.contains_key(name);
+        let has_several = beside.get("server").is_some_and(|server| server.contains(','));
         let parameter = match &self {
-            MayName { sources: Some(_), .. } if is_beside(HOST_PATH) => IMAGES_FROM_SOURCE,
+            MayName { sources: Some(_), .. } if is_beside(HOST_PATH) || has_several => IMAGES_FROM_SOURCE,
             MayName { image: Some(_), .. } => IMAGES_FROM_CLAIM,
             MayName { sources: Some(_), .. } => IMAGES_FROM_SOURCE,
             _ => return Ok(None),
@@ -94,6 +98,10 @@ impl MayName {
         if parameter == IMAGES_FROM_SOURCE && is_beside(HOST_PATH) {
             let why = "the Job that makes an image mounts the NFS share that it writes to: name server and share";
             return Err(invalid(format!("stands beside {}: {why}", quote(HOST_PATH))));
+        }
+        if parameter == IMAGES_FROM_SOURCE && has_several {
+            let why = "the Job that makes an image writes it to one server, and nobody copies it to the others";
+            return Err(invalid(format!("stands beside several servers: {why}: name one")));
         }
         let Some((namespace, name)) = claim else {
             let message = "external-provisioner names the claim only with --extra-create-metadata";
@@ -229,6 +237,13 @@ mod tests {
             (&[("imagesFromSource", "*")], None, Some(&source), "imagesFromSource: \"*\" is no pattern"),
             (&[("imagesFromSource", "oci://a.b/${pvc.metadata.name}*")], None, None, "in one component"),
             (&[("imagesFromSource", "oci://a.b/*"), ("mountSpec", "{}")], None, None, "mountSpec"),
+            (&[("imagesFromSource", "oci://a.b/*"), ("server", "a, b")], None, None, "writes it to one server"),
+            (
+                &[("imagesFromSource", "oci://a.b/*"), ("imagesFromClaim", "*"), ("server", "a,b")],
+                None,
+                None,
+                "name one",
+            ),
         ] {
             let error = wanted(class, image, source).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");

@@ -148,7 +148,7 @@ pub fn expand<'a>(parameters: impl IntoIterator<Item = (&'a String, &'a String)>
         context.insert(name.to_owned(), value);
     }
     let known = values.get("pvc.metadata.namespace").zip(values.get("pvc.metadata.name"));
-    let claim = may_name.by(known.map(|(namespace, name)| (*namespace, *name)), |name| context.contains_key(name))?;
+    let claim = may_name.by(known.map(|(namespace, name)| (*namespace, *name)), &context)?;
     if claim.is_some() || templated {
         context.entry(SYMLINKS.to_owned()).or_insert_with(|| REFUSE.to_owned());
     }
@@ -189,6 +189,9 @@ fn replace_in(value: &mut Value, at: &str, values: &Values, follow: bool) -> Res
                            bind, or set \"symlinks: follow\"";
             return Err(SpecError::invalid(MOUNT_SPEC, at, message));
         }
+        Value::String(text) if at.ends_with("/nfs/host") => {
+            *text = replace_in_hosts(text, values).map_err(|message| SpecError::invalid(MOUNT_SPEC, at, message))?;
+        }
         Value::String(text) => {
             *text = replace(text, values).map_err(|message| SpecError::invalid(MOUNT_SPEC, at, message))?;
         }
@@ -205,6 +208,15 @@ fn replace_in(value: &mut Value, at: &str, values: &Values, follow: bool) -> Res
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
     Ok(())
+}
+
+/// Each of several servers has templates of its own; their values add none.
+fn replace_in_hosts(text: &str, values: &Values) -> Result<String, String> {
+    let of_one = |host: &str| match replace(host, values)? {
+        host if host.contains(',') => Err(format!("{} is not one server", quote(&host))),
+        host => Ok(host),
+    };
+    Ok(text.split(',').map(of_one).collect::<Result<Vec<_>, _>>()?.join(","))
 }
 
 /// With a star beside it, what a namespace's claims may name is also what those of another may: `${...namespace}-*` lets `team` have the
@@ -363,6 +375,21 @@ mod tests {
         let context = expanded(&[("mountSpec", spec), ("symlinks", "follow"), name]).unwrap();
         let value: Value = serde_json::from_str(&context["mountSpec"]).unwrap();
         assert_eq!(value["nfs"]["path"], "/a\"b");
+    }
+
+    #[test]
+    fn each_of_several_servers_has_templates_of_its_own_and_their_values_add_none() {
+        let host = |name: &str, namespace: &str| {
+            let spec =
+                r#"{"kind":"nfs","nfs":{"host":"${pvc.metadata.name}.a, b-${pvc.metadata.namespace}","path":"/"}}"#;
+            let of = [("csi.storage.k8s.io/pvc/name", name), ("csi.storage.k8s.io/pvc/namespace", namespace)];
+            let context = expanded(&[&[("mountSpec", spec)][..], &of].concat())?;
+            let value: Value = serde_json::from_str(&context["mountSpec"]).unwrap();
+            Ok::<_, SpecError>(value["nfs"]["host"].as_str().unwrap().to_owned())
+        };
+        assert_eq!(host("data", "team").unwrap(), "data.a, b-team");
+        let error = host("c,d", "team").unwrap_err();
+        assert_eq!((error.pointer.as_str(), error.message.as_str()), ("/nfs/host", "\"c,d.a\" is not one server"));
     }
 
     #[test]
