@@ -218,6 +218,18 @@ mod tests {
     }
 
     #[test]
+    fn several_servers_of_an_image_stay_several() {
+        let text = container("").replace("192.168.3.253", "a, b");
+        let Converted { documents, .. } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
+        let volume: PersistentVolume = serde_yaml_ng::from_str(documents.split("---\n").next().unwrap()).unwrap();
+        let attributes = volume.spec.unwrap().csi.unwrap().volume_attributes.unwrap();
+        let read = json::parse(&attributes[MOUNT_SPEC]).unwrap();
+        assert_eq!(read.mount().sources(), ["image.sqsh (squashfs) of a,b:/images (nfs 4.2)"]);
+        let one = Policy::parse("servers: [{host: a}]").unwrap();
+        assert!(convert(&text, &one, &SURROUNDINGS).unwrap_err().to_string().contains("server \"b\""));
+    }
+
+    #[test]
     fn what_is_no_container_is_refused() {
         for (text, message) in [
             ("{}", "missing field `command`"),

@@ -340,7 +340,7 @@ mod tests {
 
     fn looked() -> Inventory {
         let mut looking = Looking::new("squashfs.csi.dev");
-        let volume = |image: &str| json!({"driver": "squashfs.csi.dev", "volumeAttributes": {"server": "a", "share": "/images", "image": image}});
+        let volume = |image: &str| json!({"driver": "squashfs.csi.dev", "volumeAttributes": {"server": "a, b", "share": "/images", "image": image}});
         looking.drivers(&objects(json!([{"metadata": {"name": "squashfs.csi.dev"}}])));
         looking.classes(&objects(json!([
             {"metadata": {"name": "tools"}, "provisioner": "squashfs.csi.dev",
@@ -416,7 +416,7 @@ mod tests {
         let pods = BTreeMap::from([("team/one".to_owned(), Some("n".to_owned()))]);
         assert_eq!((&volumes[0].pods, volumes[0].claim.as_deref()), (&pods, Some("team/pv")));
         assert_eq!((volumes[2].name.as_str(), &volumes[2].pods), ("team/one: b", &pods));
-        assert_eq!(volumes[0].images, ["pv.sqsh (squashfs) of a:/images (nfs 4.2)"]);
+        assert_eq!(volumes[0].images, ["pv.sqsh (squashfs) of a,b:/images (nfs 4.2)"]);
         let node = |name: &str, registered, pods, volumes| ClusterNode { name: name.into(), registered, pods, volumes };
         assert_eq!(nodes, [node("n", true, 1, 2), node("m", false, 0, 0)]);
         assert_eq!(pending, ["team/waits"]);

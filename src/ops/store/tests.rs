@@ -6,6 +6,7 @@ use super::gc::{Outcome, Verdict};
 use super::*;
 use crate::kernel::file_lock::{Lock, try_lock};
 use crate::kubernetes::inventory::Reference;
+use crate::spec::parameters::parse_attributes;
 
 const SQUASHFS: u64 = 2048;
 const MONTH: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -79,6 +80,21 @@ fn images_are_known_by_their_names_and_by_who_names_them() {
         [("a.sqsh", vec!["x.json"]), ("team/b.sqsh", vec!["of /srv/images/team/b.sqsh"]), ("x.json", vec![])];
     let expected = expected.map(|(path, by)| (path.to_owned(), by.into_iter().map(str::to_owned).collect::<Vec<_>>()));
     assert_eq!(used_by(&it.store, &named(&["/srv/images/team/b.sqsh"])), expected);
+}
+
+#[test]
+fn an_image_on_several_servers_is_in_use_on_each_of_them() {
+    let volume = [("server", "a, b, fd00::c"), ("share", "/images"), ("image", "team/a.sqsh")];
+    let volume: BTreeMap<_, _> = volume.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let parsed = parse_attributes(&volume, &[]).unwrap();
+    let reference = Reference { object: "it".into(), locations: Ok(Location::of(parsed.mount())) };
+    let named = Inventory { references: vec![reference], ..Inventory::default() };
+    // What a gc sees of each: its own copy, whatever it calls the directory.
+    for share in ["/images", "/srv/images", "/"] {
+        let mut it = Fixture::new(&["team/a.sqsh", "team/b.sqsh"], &[]);
+        it.store = Store::open(it.directory.path(), Some(share.into())).unwrap();
+        assert_eq!(it.collect(&named, &named), [("team/b.sqsh".to_owned(), Outcome::Deleted)], "{share}");
+    }
 }
 
 #[test]
