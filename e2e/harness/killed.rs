@@ -31,16 +31,16 @@ impl Operation {
     }
 
     /// What is true after the operation, whatever came before it.
-    fn check(self, driver: &Driver, is_right: &dyn Fn(&Path)) {
+    fn check(self, driver: &Driver, devices: usize, is_right: &dyn Fn(&Path)) {
         let target = driver.target(POD);
         match self {
             Stage => {
                 assert_eq!(driver.mounts(), [""; 0]);
-                assert_eq!(driver.loop_devices().len(), 1);
+                wait_for("its loop devices", || driver.loop_devices().len() == devices);
             }
             Publish => {
                 assert_eq!(driver.mounts().len(), 1, "{:#?}", driver.mounts());
-                wait_for("one loop device", || driver.loop_devices().len() == 1);
+                wait_for("its loop devices, and no other", || driver.loop_devices().len() == devices);
                 assert_eq!(driver.published_directories(), 1);
                 is_right(&target);
             }
@@ -68,11 +68,16 @@ enum Sequel {
 /// Kills the driver before each of the changes that an operation makes outside of the process, for all four operations and all
 /// sequels; `is_right` looks at the published volume. Returns how many points there are.
 pub fn anywhere(driver: &mut Driver, volume: &Volume, is_right: &dyn Fn(&Path)) -> usize {
+    anywhere_with(driver, volume, 1, is_right)
+}
+
+/// The same for a volume that has more loop devices than one.
+pub fn anywhere_with(driver: &mut Driver, volume: &Volume, devices: usize, is_right: &dyn Fn(&Path)) -> usize {
     let mut points = 0;
     for operation in Operation::ALL {
-        let changes = kill_in(driver, volume, operation, Sequel::Retry, is_right);
-        kill_in(driver, volume, operation, Sequel::TakeDown, is_right);
-        kill_in(driver, volume, operation, Sequel::Reboot, is_right);
+        let changes = kill_in(driver, volume, operation, Sequel::Retry, devices, is_right);
+        kill_in(driver, volume, operation, Sequel::TakeDown, devices, is_right);
+        kill_in(driver, volume, operation, Sequel::Reboot, devices, is_right);
         assert!(!changes.is_empty(), "{operation:?} is said to change nothing: the tracer is blind");
         println!("{operation:?} of {}: {} points", volume.id, changes.len());
         for (index, change) in changes.iter().enumerate() {
@@ -88,6 +93,7 @@ fn kill_in(
     volume: &Volume,
     operation: Operation,
     sequel: Sequel,
+    devices: usize,
     is_right: &dyn Fn(&Path),
 ) -> Vec<Change> {
     for number in 1.. {
@@ -113,10 +119,10 @@ fn kill_in(
             answer.unwrap();
         }
         match sequel {
-            _ if !report.killed => go_on_after(operation, driver, volume, is_right),
+            _ if !report.killed => go_on_after(operation, driver, volume, devices, is_right),
             Sequel::Retry => {
                 operation.call(driver, volume).unwrap();
-                go_on_after(operation, driver, volume, is_right);
+                go_on_after(operation, driver, volume, devices, is_right);
             }
             Sequel::TakeDown => {
                 if operation >= Publish {
@@ -136,11 +142,11 @@ fn kill_in(
 }
 
 /// Checks what a successful operation left, and takes all that follow it.
-fn go_on_after(operation: Operation, driver: &Driver, volume: &Volume, is_right: &dyn Fn(&Path)) {
-    operation.check(driver, is_right);
+fn go_on_after(operation: Operation, driver: &Driver, volume: &Volume, devices: usize, is_right: &dyn Fn(&Path)) {
+    operation.check(driver, devices, is_right);
     for later in Operation::ALL.into_iter().filter(|later| *later > operation) {
         later.call(driver, volume).unwrap();
-        later.check(driver, is_right);
+        later.check(driver, devices, is_right);
     }
 }
 

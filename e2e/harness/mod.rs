@@ -7,8 +7,10 @@ pub mod image;
 pub mod kernel;
 pub mod killed;
 pub mod layer;
+pub mod multipath;
 pub mod nfs_server;
 pub mod node;
+pub mod readers;
 #[allow(unsafe_code, reason = "no safe wrapper covers ptrace(2)")]
 pub mod tracer;
 
@@ -329,7 +331,8 @@ impl Driver {
         let in_vm = std::env::var_os("NFS_SERVER").is_some();
         // The kernel closes a connection a moment after its last user went.
         wait_for("loop devices and connections to go", || {
-            self.loop_devices().is_empty() && self.verified_devices() == 0 && (!in_vm || kernel::nfs_connections() == 0)
+            let has_devices = !self.loop_devices().is_empty() || self.verified_devices() != 0;
+            !has_devices && (!in_vm || multipath::devices().is_empty() && kernel::nfs_connections() == 0)
         });
         assert_eq!(self.published_directories(), 0, "records or scratch layers are left");
         // Deleted in the background.
@@ -359,10 +362,15 @@ impl Drop for Driver {
 }
 
 /// Waits up to 30 s for something that is on its way; a timing is never asserted, but a hang must end.
-pub fn wait_for(what: &str, mut is_true: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, is_true: impl FnMut() -> bool) {
+    wait_up_to(Duration::from_secs(30), what, is_true);
+}
+
+/// The same for what takes longer, such as a server's return.
+pub fn wait_up_to(limit: Duration, what: &str, mut is_true: impl FnMut() -> bool) {
     let start = Instant::now();
     while !is_true() {
-        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting for {what}");
+        assert!(start.elapsed() < limit, "gave up waiting for {what}");
         sleep(Duration::from_millis(20));
     }
 }

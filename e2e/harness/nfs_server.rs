@@ -1,20 +1,96 @@
-//! The NFS servers of scenarios: the link to the one of the virtual machine, and one that is stuck.
+//! The NFS servers of scenarios: the two of the virtual machine, and one that is stuck.
 
 use std::fs;
 use std::io::BufRead;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
 use super::run;
 
-/// The server behind a link that is whole again when the scenario ends, however it ends.
-pub struct Link;
+/// A server of the virtual machine. See `e2e/guest/nfs-server`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NfsServer {
+    number: &'static str,
+    /// The variable with its address.
+    address: &'static str,
+    images: &'static str,
+    link: &'static str,
+}
+
+impl NfsServer {
+    /// The one that is there from the beginning.
+    pub const FIRST: NfsServer = NfsServer { number: "1", address: "NFS_SERVER", images: "/images", link: "nfs0" };
+
+    /// The other one, which is started by the first scenario that wants it.
+    pub fn second() -> Self {
+        let second = NfsServer { number: "2", address: "NFS_SERVER2", images: "/images2", link: "nfs1" };
+        second.control("start");
+        second
+    }
+
+    /// Both.
+    pub fn two() -> [Self; 2] {
+        [NfsServer::FIRST, NfsServer::second()]
+    }
+
+    pub fn address(self) -> String {
+        std::env::var(self.address).expect("this runs in the VM: e2e/vm run")
+    }
+
+    /// Where the node finds what the server exports as `/images`, without any NFS in between.
+    pub fn images(self) -> &'static Path {
+        Path::new(self.images)
+    }
+
+    /// Gives it what another one has.
+    pub fn copy_from(self, other: Self, image: &str) -> PathBuf {
+        let copy = self.images.to_owned() + "/" + image;
+        run("cp", &[other.images().join(image).to_str().unwrap(), &copy]);
+        copy.into()
+    }
+
+    /// The link is cut: silence.
+    pub fn cut(self) -> Link {
+        self.control("cut");
+        Link { server: self, end: "restore" }
+    }
+
+    /// The machine is gone: silence, and a server without memory when it is back.
+    pub fn kill(self) -> Link {
+        self.control("kill");
+        Link { server: self, end: "start" }
+    }
+
+    /// The server ends in good order: connections are refused.
+    pub fn stop(self) -> Link {
+        self.control("stop");
+        Link { server: self, end: "start" }
+    }
+
+    /// The bytes that the node has received from it; the server's own counters are those of both before Linux 6.9.
+    pub fn received(self) -> u64 {
+        let counter = fs::read_to_string(format!("/sys/class/net/{}/statistics/rx_bytes", self.link)).unwrap();
+        counter.trim().parse().unwrap()
+    }
+
+    fn control(self, verb: &str) {
+        run("nfs-server", &[self.number, verb]);
+    }
+}
+
+/// The way to a server that is out of reach, until the scenario ends, however it ends.
+#[must_use = "the server is back when this goes"]
+pub struct Link {
+    server: NfsServer,
+    end: &'static str,
+}
 
 impl Link {
+    /// That to the first server.
     pub fn cut() -> Self {
-        run("nfs-server", &["cut"]);
-        Link
+        NfsServer::FIRST.cut()
     }
 
     pub fn restore(self) {}
@@ -22,7 +98,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = Command::new("nfs-server").arg("restore").status();
+        let _ = Command::new("nfs-server").args([self.server.number, self.end]).status();
     }
 }
 

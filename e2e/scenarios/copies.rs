@@ -1,19 +1,18 @@
 //! Copies of images on the node's disk: pods that go on and start without their server, and what is left when that is cut short.
 
 use std::fs;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use super::harness::image::Tree;
 use super::harness::nfs_server::{Link, fresh_caches};
 use super::harness::node::in_time;
+use super::harness::readers::hash;
 use super::harness::tracer::Tracer;
 use super::harness::{Driver, Volume, run, wait_for};
 use super::server;
@@ -36,16 +35,6 @@ pub(super) fn make_image(name: &str, mib: u32) -> Vec<u8> {
     let digest = hash(&file).unwrap();
     tree.squashfs(format!("/images/{name}"));
     digest
-}
-
-pub(super) fn hash(file: &Path) -> std::io::Result<Vec<u8>> {
-    let (mut file, mut sum, mut buffer) = (fs::File::open(file)?, Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(sum.finalize().to_vec()),
-            length => sum.update(&buffer[..length]),
-        }
-    }
 }
 
 /// Whether each device of the driver stands on a copy; false where it has none.

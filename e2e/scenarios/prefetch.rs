@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use super::copies::{hash, make_image, rpcs};
+use super::copies::{make_image, rpcs};
 use super::harness::image::Tree;
 use super::harness::nfs_server::{Link, fresh_caches};
 use super::harness::node::in_time;
+use super::harness::readers::hash;
 use super::harness::{Driver, Volume, run, wait_for};
 use super::server;
 

@@ -5,10 +5,10 @@ use std::fs;
 use serde_json::Value;
 use tonic::Code;
 
-use super::copies::hash;
 use super::harness::image::Tree;
 use super::harness::nfs_server::{Link, fresh_caches};
 use super::harness::node::in_time;
+use super::harness::readers::hash;
 use super::harness::{Driver, Volume, run, wait_for};
 use super::server;
 

@@ -61,8 +61,8 @@ fn make_image(name: &str) -> PathBuf {
     tree.squashfs(format!("/images/{name}"))
 }
 
-/// Turns one bit of a file at its middle.
-fn damage(image: &Path, at: u64) {
+/// Turns one bit of a file.
+pub(super) fn damage(image: &Path, at: u64) {
     let file = fs::File::options().read(true).write(true).open(image).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
