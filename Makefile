@@ -20,7 +20,7 @@ CLIENT = $(BUILT)/examples/csi
 KERNEL ?= 6.12
 # Sets $binary to the one of an integration test, as cargo names it.
 test_binary = binary=$$(cargo test --release --locked --no-run --test $(1) --message-format=json | jq -r 'select(.profile.test and .target.name == "$(1)").executable')
-VM = $(SUDO) e2e/vm run --kernel $(KERNEL) --bin $(BUILT)/csi-driver-squashfs
+VM = $(SUDO) e2e/vm run --kernel $(KERNEL) $(if $(SOAK),--env SOAK=1 --timeout 14400) --bin $(BUILT)/csi-driver-squashfs
 
 # `make test` runs its parts side by side; RING notes what each takes. Of those that wait for something with a deadline one runs
 # at a time, by a lock on a directory; what takes a processor for long gets the time that they do not need.
@@ -128,7 +128,7 @@ vm: tools
 	$(RING) $(SUDO) e2e/vm build --kernel $(KERNEL)
 
 .PHONY: test-vm
-test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 for another kernel, FILTER=name for one)
+test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 for another kernel, FILTER=name for one, SOAK=1 at full length)
 	$(call test_binary,vm); $(ALONE) $(VM) --copy $$binary -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
 .PHONY: test-sanity

@@ -40,6 +40,16 @@ impl Error {
         Error { kind, message: message.into(), source: None }
     }
 
+    /// Of servers none of which could do it: what one answers beats that another is silent. There is at least one error.
+    pub fn of_all(mut errors: Vec<Error>) -> Self {
+        if errors.len() == 1 {
+            return errors.remove(0);
+        }
+        let kind = errors.iter().map(|error| error.kind).find(|kind| *kind != Kind::Unavailable);
+        let all = errors.iter().map(|error| error.message.as_str()).collect::<Vec<_>>().join("; ");
+        Error::new(kind.unwrap_or(Kind::Unavailable), all)
+    }
+
     /// Puts the object that the operation was about in front.
     pub fn about(mut self, what: &str) -> Self {
         self.message = format!("{what}: {}", self.message);

@@ -104,6 +104,7 @@ async fn node(driver_name: &str, arguments: NodeArguments) -> Outcome {
     let volumes = volumes(driver_name, mounting, cache, prefetch, policy)?;
     volumes.sweep();
     volumes.tend_copies();
+    volumes.tend_paths();
     let node = Node { node_id, volumes: Arc::clone(&volumes) };
     let stop = stop()?;
     let registered = watch::Sender::new(Registered::NotYet);

@@ -135,7 +135,7 @@ impl Shared {
     fn drop_caches(&self, _: usize) {
         while !self.stopped() {
             fresh_caches();
-            sleep(Duration::from_millis(500));
+            sleep(Duration::from_secs(1));
         }
     }
 }

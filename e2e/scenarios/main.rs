@@ -17,6 +17,7 @@ mod moved;
 mod operations;
 mod outage;
 mod prefetch;
+mod replicas;
 mod sif;
 mod story;
 mod strangers;

@@ -149,6 +149,13 @@ impl Double {
         self.directory.path().join("export")
     }
 
+    /// What the exports of one server show from now on: nothing at first.
+    pub fn export_of(&self, host: &str) -> PathBuf {
+        let own = self.directory.path().join(format!("export-{host}"));
+        std::fs::create_dir_all(&own).unwrap();
+        own
+    }
+
     /// What was changed since this was last asked, a line for each call. Paths of the double's own are relative to it.
     pub fn log(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.state).log)
@@ -260,7 +267,13 @@ impl Kernel for Double {
         let options = options.collect::<Vec<_>>().join(",");
         self.call(format!("mount {} {options} [{}]", new.fs_type, names(new.attributes)), new.subject)?;
         let directory = match new.fs_type {
-            "nfs" | "nfs4" => self.export(),
+            "nfs" | "nfs4" => {
+                let source =
+                    new.options.iter().find(|(key, _)| key == "source").and_then(|(_, value)| value.as_deref());
+                let host = source.and_then(|source| source.rsplit_once(":/")).map_or("", |(host, _)| host);
+                let own = self.directory.path().join(format!("export-{host}"));
+                if own.is_dir() { own } else { self.export() }
+            }
             _ => {
                 let mut state = lock(&self.state);
                 state.file_systems += 1;
@@ -306,6 +319,10 @@ impl Kernel for Double {
         self.call(format!("unmount {}", path.display()), Subject::Node)?;
         self.take_off(&path);
         Ok(())
+    }
+
+    fn abort_calls(&self, path: &Path) -> Result<()> {
+        self.call(format!("end the calls of {}", path.display()), Subject::Server)
     }
 
     fn is_mount(&self, path: &Path) -> Result<bool> {
@@ -392,6 +409,7 @@ impl Kernel for Double {
         let devices =
             state.loop_devices.iter().filter(|(number, device)| live.contains(number) && device.purpose.is_verified());
         let describe = |(&loop_device, device): (&u32, &Loop)| Verified {
+            device: (VERIFIED, loop_device),
             loop_device,
             root: device.root,
             is_corrupted: state.is_corrupted,
@@ -419,6 +437,17 @@ impl Kernel for Double {
         let multipath = Multipath::new_of(first, paths, false);
         state.multipath.push(OverPaths { tag: tag.clone(), multipath, sectors, _below: below, users });
         Ok(opened(writer.into()))
+    }
+
+    fn find_multipath_device(&self, first: u32, tag: &Tag) -> Result<Option<MultipathDevice>> {
+        self.live_loop_devices();
+        let state = lock(&self.state);
+        let found = state.multipath.iter().find(|it| it.multipath.loop_device == first && it.tag == *tag);
+        let open = |it: &OverPaths| {
+            let path = format!("/dev/multipath/dev/loop{first}");
+            Ok(MultipathDevice::of_path(path.into(), (MULTIPATH, first), one_more_of(&it.users)?))
+        };
+        found.map(open).transpose()
     }
 
     fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>> {

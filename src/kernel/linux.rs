@@ -58,6 +58,10 @@ impl Kernel for Linux {
         mount::unmount_all(path)
     }
 
+    fn abort_calls(&self, path: &Path) -> Result<()> {
+        mount::abort_calls(path)
+    }
+
     fn is_mount(&self, path: &Path) -> Result<bool> {
         mount::is_mount(path)
     }
@@ -88,6 +92,10 @@ impl Kernel for Linux {
 
     fn multipath_device(&self, first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<MultipathDevice> {
         MultipathDevice::on(first, paths, sectors, tag)
+    }
+
+    fn find_multipath_device(&self, first: u32, tag: &Tag) -> Result<Option<MultipathDevice>> {
+        multipath::find(first, tag)
     }
 
     fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>> {

@@ -5,12 +5,14 @@
 
 #![allow(unsafe_code, reason = "system calls that no safe wrapper covers")]
 
+pub mod boot;
 pub mod device_mapper;
 #[cfg(test)]
 pub mod double;
 mod error;
 pub mod file_lock;
 pub mod file_system;
+pub mod fingerprint;
 pub mod image;
 mod linux;
 pub mod loop_device;
@@ -60,6 +62,8 @@ pub trait Kernel: Send + Sync {
     fn attach(&self, mount: &DetachedMount, directory: BorrowedFd<'_>) -> Result<()>;
     /// Takes off every mount that is attached at `path`; asks no server, and no mount there is no error.
     fn unmount_all(&self, path: &Path) -> Result<()>;
+    /// Ends the calls of the mount at `path` that wait for its server. See [`mount::abort_calls`].
+    fn abort_calls(&self, path: &Path) -> Result<()>;
     /// Whether a mount is attached at `path`, which need not exist.
     fn is_mount(&self, path: &Path) -> Result<bool>;
     /// The mounts that this process sees.
@@ -76,6 +80,8 @@ pub trait Kernel: Send + Sync {
     fn verified_devices(&self, tag: &Tag) -> Result<Vec<Verified>>;
     /// The device over these paths in this order. See [`MultipathDevice::on`].
     fn multipath_device(&self, first: u32, paths: &[(u32, u32)], sectors: u64, tag: &Tag) -> Result<MultipathDevice>;
+    /// The multipath device whose first path is of this loop device, if there is one. See [`multipath::find`](device_mapper::multipath::find).
+    fn find_multipath_device(&self, first: u32, tag: &Tag) -> Result<Option<MultipathDevice>>;
     /// All of these with this mark. Asks no server.
     fn multipath_devices(&self, tag: &Tag) -> Result<Vec<Multipath>>;
     /// See [`device_mapper::multipath::tell`]. Asks no server.

@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, makedev};
 use rustix::io::Errno;
 pub use rustix::mount::MountAttrFlags;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
@@ -259,5 +259,21 @@ pub fn unmount_all(path: &Path) -> Result<()> {
             Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             Err(errno) => return Err(Error::new(format!("unmount {}", path.display()), errno)),
         }
+    }
+}
+
+/// The device number of the superblock that a mount shows, as stat(2) has it of its files. Asks no server.
+pub fn device_of(mount: impl AsFd) -> Result<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let seen = rustix::fs::statx(mount, "", flags, StatxFlags::empty()).doing(|| "look at a mount".into())?;
+    Ok(makedev(seen.stx_dev_major, seen.stx_dev_minor))
+}
+
+/// Ends the calls of the NFS mount at `path` that wait for its server: who made them gets EIO (umount2(2), `MNT_FORCE`). A mount that is
+/// open stays, and one that nobody uses goes.
+pub fn abort_calls(path: &Path) -> Result<()> {
+    match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::FORCE) {
+        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Err(errno) => Err(Error::new(format!("end the calls of {}", path.display()), errno)),
     }
 }

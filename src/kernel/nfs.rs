@@ -60,6 +60,8 @@ pub struct Export {
     pub read_only: bool,
     /// Further options of nfs(5), already checked; never one that this file sets.
     pub options: Vec<(String, Option<String>)>,
+    /// Of an export that several servers have, their list: such a mount is for who names the same list, and nobody else.
+    pub one_of: Vec<String>,
 }
 
 impl std::fmt::Display for Export {
@@ -177,6 +179,7 @@ mod tests {
             version: Version::V4_2,
             read_only: true,
             options: options.iter().map(|(key, value)| ((*key).into(), value.map(Into::into))).collect(),
+            one_of: Vec::new(),
         }
     }
 

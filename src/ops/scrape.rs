@@ -56,6 +56,9 @@ fn register_volumes(registry: &mut Registry, observation: &Observation) {
     let corrupted = loop_devices.iter().filter(|device| device.corrupted).count();
     let help = "Loop devices with an image that was read and has other bytes than its root hash says";
     register(registry, "corrupted_images", help, count(corrupted));
+    let failed = loop_devices.iter().filter(|device| device.path.is_some_and(|path| path.failed)).count();
+    let help = "Paths to one of several servers of an image, by which it is not read as that server failed";
+    register(registry, "failed_paths", help, count(failed));
     let read = Family::<Labels<2>, Counter>::default();
     for device in loop_devices {
         let image = device.image.clone().unwrap_or_default();

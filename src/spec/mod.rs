@@ -64,6 +64,8 @@ pub struct Nfs {
     pub host: String,
     /// Further servers that hold the same image, in the order in which they are asked: see [`replicas`].
     pub replicas: Vec<String>,
+    /// The list that this server was taken from, where that has several; no spec says so.
+    pub one_of: Vec<String>,
     /// The exported path: absolute, without `..`.
     pub path: String,
     pub read_only: bool,

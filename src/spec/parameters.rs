@@ -168,6 +168,7 @@ fn nfs(
     Ok(Nfs {
         host,
         replicas,
+        one_of: Vec::new(),
         path: text::absolute(share).map_err(at("share"))?,
         read_only: true,
         version: version.and_then(|version| options.version_for(version)).map_err(at("nfsVersion"))?,

@@ -95,7 +95,12 @@ impl Nfs {
 
     /// The same export on each of its servers alone, in their order.
     pub fn on_each(&self) -> Vec<Nfs> {
-        let on = |host: &str| Nfs { host: host.to_owned(), replicas: Vec::new(), ..self.clone() };
+        if !self.is_replicated() {
+            return vec![self.clone()];
+        }
+        let one_of: Vec<_> = self.hosts().map(str::to_owned).collect();
+        let on =
+            |host: &str| Nfs { host: host.to_owned(), replicas: Vec::new(), one_of: one_of.clone(), ..self.clone() };
         self.hosts().map(on).collect()
     }
 }
@@ -109,6 +114,12 @@ impl Loopback {
     /// The same image on each of its servers alone, in their order; itself, where it lies on no export.
     pub fn on_each(&self) -> Vec<Loopback> {
         self.base.on_each().into_iter().map(|base| Loopback { base, ..self.clone() }).collect()
+    }
+
+    /// The same image on the server with this place in their list alone; itself where there is no such place.
+    pub fn on(&self, server: Option<u8>) -> Loopback {
+        let there = server.and_then(|server| self.on_each().into_iter().nth(server.into()));
+        there.filter(|_| self.is_replicated()).unwrap_or_else(|| self.clone())
     }
 }
 

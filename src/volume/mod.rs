@@ -71,6 +71,8 @@ pub use publication::{Publication, by_hand};
 pub use report::{Observation, Stats, Usage, commit, status, try_overlay, waiting};
 pub use source::{PrefetchConfig, Prefetching, ask_host, where_nfs_answers};
 
+use tokio::time::Instant;
+
 use crate::blocking;
 use crate::error::{Error, Kind, Result};
 use crate::kernel::{Kernel, support};
@@ -90,6 +92,10 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often it is looked for copies that are not made yet.
 const TEND: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether servers answer those who read, where an image has several; and whether those that did not are there again.
+const WATCH_PATHS: Duration = Duration::from_secs(1);
+const TEND_PATHS: Duration = Duration::from_secs(5);
 
 /// What the driver is told when it starts.
 #[derive(Clone, Debug)]
@@ -305,21 +311,76 @@ impl Volumes {
     }
 
     async fn tend_copies_now(&self) -> Result<()> {
-        let records = self.records.clone();
-        let list = blocking::run("list the records", move || records.list()).await?;
         let mut all = Vec::new();
-        for Record { mount, namespace, images, .. } in list.records {
-            // No server is asked that the policy does not allow any more.
-            if Allowed::new(mount, self.preparer.policy(), namespace.as_deref()).is_ok() {
-                for (image, content) in images {
-                    let published = Published { image, content, namespace: namespace.clone() };
-                    if !all.contains(&published) {
-                        all.push(published);
-                    }
-                }
+        for (_, published) in self.images().await? {
+            if !all.contains(&published) {
+                all.push(published);
             }
         }
         self.preparer.tend(all).await
+    }
+
+    /// Looks after the paths of published images that several servers have, from now on: those whose server is silent are given up, and
+    /// taken back when it is there again.
+    pub fn tend_paths(self: &Arc<Self>) {
+        let (watching, tending) = (Arc::clone(self), Arc::clone(self));
+        tokio::spawn(async move {
+            loop {
+                let pause = match watching.give_up_paths_now(Instant::now()).await {
+                    Ok(true) => WATCH_PATHS,
+                    Ok(false) => TEND_PATHS,
+                    Err(error) => {
+                        tracing::error!(%error, "look whether servers answer those who read");
+                        TEND_PATHS
+                    }
+                };
+                tokio::time::sleep(pause).await;
+            }
+        });
+        tokio::spawn(async move {
+            loop {
+                if let Err(error) = tending.tend_paths_now(Instant::now()).await {
+                    tracing::error!(%error, "look after the paths of images");
+                }
+                tokio::time::sleep(TEND_PATHS).await;
+            }
+        });
+    }
+
+    /// Whether there are any paths.
+    async fn give_up_paths_now(&self, now: Instant) -> Result<bool> {
+        let Some(silent) = self.preparer.silent_paths(now).await? else { return Ok(false) };
+        if !silent.is_empty() {
+            self.preparer.give_up_paths(self.replicated().await?, &silent).await?;
+        }
+        Ok(true)
+    }
+
+    async fn tend_paths_now(&self, now: Instant) -> Result<()> {
+        match self.preparer.has_paths().await? {
+            true => self.preparer.tend_paths(self.replicated().await?, now).await,
+            false => Ok(()),
+        }
+    }
+
+    async fn replicated(&self) -> Result<Vec<(PathBuf, Published)>> {
+        let mut images = self.images().await?;
+        images.retain(|(_, published)| published.image.is_replicated());
+        Ok(images)
+    }
+
+    /// The published images, and where: those that the policy still allows, for no other server is asked.
+    async fn images(&self) -> Result<Vec<(PathBuf, Published)>> {
+        let records = self.records.clone();
+        let list = blocking::run("list the records", move || records.list()).await?;
+        let mut all = Vec::new();
+        for Record { target, mount, namespace, images, .. } in list.records {
+            if Allowed::new(mount, self.preparer.policy(), namespace.as_deref()).is_ok() {
+                let published = |(image, content)| Published { image, content, namespace: namespace.clone() };
+                all.extend(images.into_iter().map(|image| (target.clone(), published(image))));
+            }
+        }
+        Ok(all)
     }
 
     /// Removes what earlier processes left and what belongs to pods that are gone, in the background; for a process that serves

@@ -71,6 +71,11 @@ impl MultipathDevice {
     }
 }
 
+/// The device with this loop device in its name, if there is one.
+pub fn find(loop_device: u32, tag: &Tag) -> Result<Option<MultipathDevice>> {
+    Ok(Control::open()?.open_device(&name(loop_device, tag))?.map(MultipathDevice))
+}
+
 /// A device of the driver, as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Multipath {

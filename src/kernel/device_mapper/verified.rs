@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use super::{Control, Opened, Table, find_or_make, is_loaded, status};
+use super::{Control, Opened, Table, device_in, find_or_make, is_loaded, status};
 use crate::kernel::error::{Doing, Error, Result, Subject};
 use crate::kernel::loop_device::{LoopDevice, Tag};
 use crate::kernel::verity::{self, RootHash, Tree, hexadecimal};
@@ -52,6 +52,8 @@ pub fn version() -> Result<String> {
 /// A device of the driver, as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
+    /// Its number, major and minor.
+    pub device: (u32, u32),
     /// The loop device that it stands on.
     pub loop_device: u32,
     pub root: RootHash,
@@ -69,7 +71,8 @@ pub fn list(tag: &Tag) -> Result<Vec<Verified>> {
     for name in control.names()? {
         let Some((loop_device, root)) = read_name(&name, tag) else { continue };
         if let Some(answer) = control.ask(&name, 0)? {
-            devices.push(Verified { loop_device, root, is_corrupted: status(&answer).starts_with(CORRUPTED) });
+            let (device, is_corrupted) = (device_in(&answer), status(&answer).starts_with(CORRUPTED));
+            devices.push(Verified { device, loop_device, root, is_corrupted });
         }
     }
     Ok(devices)

@@ -62,6 +62,7 @@ impl<'a> Reader<'a> {
         Ok(Nfs {
             host,
             replicas,
+            one_of: Vec::new(),
             path: text::absolute(&wire.path).map_err(wrong(at, "/path"))?,
             read_only: wire.ro || self.options.read_only,
             version: version.and_then(|version| self.options.version_for(version)).map_err(wrong(at, "/version"))?,

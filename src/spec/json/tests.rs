@@ -24,6 +24,7 @@ fn the_image_api_s_own_example_is_read() {
     let nfs = Nfs {
         host: "192.168.3.253".to_owned(),
         replicas: vec![],
+        one_of: vec![],
         path: "/images".to_owned(),
         read_only: true,
         version: NfsVersion::V4_2,

@@ -269,25 +269,27 @@ impl Mount {
                 recursive: *recursive,
                 read_only: *read_only,
             },
-            spec::Mount::Nfs(spec::Nfs { host, replicas, path, read_only, version, options }) => Mount::Nfs {
-                host: host.clone(),
-                replicas: replicas.clone(),
-                path: path.clone(),
-                read_only: *read_only,
-                version: match version {
-                    spec::NfsVersion::V3 => NfsVersion::V3,
-                    spec::NfsVersion::V4_0 => NfsVersion::V4_0,
-                    spec::NfsVersion::V4_1 => NfsVersion::V4_1,
-                    spec::NfsVersion::V4_2 => NfsVersion::V4_2,
-                },
-                options: {
-                    let option = |spec::NfsOption { key, value }: &spec::NfsOption| NfsOption {
-                        key: key.clone(),
-                        value: value.clone(),
-                    };
-                    options.iter().map(option).collect()
-                },
-            },
+            spec::Mount::Nfs(spec::Nfs { host, replicas, path, read_only, version, options, one_of: _ }) => {
+                Mount::Nfs {
+                    host: host.clone(),
+                    replicas: replicas.clone(),
+                    path: path.clone(),
+                    read_only: *read_only,
+                    version: match version {
+                        spec::NfsVersion::V3 => NfsVersion::V3,
+                        spec::NfsVersion::V4_0 => NfsVersion::V4_0,
+                        spec::NfsVersion::V4_1 => NfsVersion::V4_1,
+                        spec::NfsVersion::V4_2 => NfsVersion::V4_2,
+                    },
+                    options: {
+                        let option = |spec::NfsOption { key, value }: &spec::NfsOption| NfsOption {
+                            key: key.clone(),
+                            value: value.clone(),
+                        };
+                        options.iter().map(option).collect()
+                    },
+                }
+            }
             spec::Mount::Overlay(spec::Overlay { lower, upper }) => Mount::Overlay {
                 lower: lower.iter().map(|layer| Mount::of(layer, images)).collect(),
                 upper: match upper {
@@ -349,6 +351,7 @@ impl Mount {
             Mount::Nfs { host, replicas, path, read_only, version, options } => spec::Mount::Nfs(spec::Nfs {
                 host,
                 replicas,
+                one_of: Vec::new(),
                 path,
                 read_only,
                 version: match version {

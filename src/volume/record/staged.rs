@@ -12,7 +12,7 @@ use super::format::Mount as Written;
 use super::{Records, name_of};
 use crate::error::{Error, Result};
 use crate::kernel::image::ImageIdentity;
-use crate::kernel::verity;
+use crate::kernel::{boot, verity};
 use crate::spec::Mount;
 use crate::volume::source::{ImageKey, Known};
 
@@ -42,6 +42,9 @@ struct Identity {
     /// Of an image of which a part is mounted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     sif: bool,
+    /// Of an image that several servers have, the place of this one in their list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    server: Option<u8>,
 }
 
 impl Records {
@@ -50,13 +53,14 @@ impl Records {
         let identity = |known: &Known| {
             let ImageIdentity { device, inode, size, changed } = known.key.identity;
             let root = known.key.verity.map(|root| verity::hexadecimal(&root));
-            Identity { device, inode, size, changed, root, sif: known.key.is_sif }
+            let ImageKey { is_sif: sif, server, .. } = known.key;
+            Identity { device, inode, size, changed, root, sif, server }
         };
         let contents = images.iter().map(|known| (known.image.clone(), known.content)).collect();
         let write = || {
             let text = serde_json::to_vec(&Text {
                 format: FORMAT,
-                boot_id: boot_id()?,
+                boot_id: boot::id().map_err(io::Error::other)?,
                 volume_id: volume_id.into(),
                 mount: Written::of(mount, &contents),
                 identities: images.iter().map(identity).collect(),
@@ -92,7 +96,7 @@ impl Records {
 
     /// Removes what was written before the node was booted.
     pub fn sweep_staged(&self) -> io::Result<()> {
-        let boot_id = boot_id()?;
+        let boot_id = boot::id().map_err(io::Error::other)?;
         for entry in std::fs::read_dir(staged(&self.data_dir))? {
             let path = entry?.path();
             // One that is gone meanwhile is of a volume that was unstaged.
@@ -115,7 +119,7 @@ pub fn staged(data_dir: &Path) -> PathBuf {
 
 fn read(path: &Path, volume_id: &str, mount: &Mount) -> io::Result<Option<Vec<Known>>> {
     let text: Text = serde_json::from_slice(&std::fs::read(path)?)?;
-    if text.format != FORMAT || text.boot_id != boot_id()? || text.volume_id != volume_id {
+    if text.format != FORMAT || text.boot_id != boot::id().map_err(io::Error::other)? || text.volume_id != volume_id {
         return Ok(None);
     }
     let mut images = Vec::new();
@@ -123,14 +127,11 @@ fn read(path: &Path, volume_id: &str, mount: &Mount) -> io::Result<Option<Vec<Kn
     if written != *mount || images.len() != text.identities.len() {
         return Ok(None);
     }
-    let known = |((image, content), Identity { device, inode, size, changed, root, sif }): ((_, _), Identity)| {
+    let known = |((image, content), identity): ((_, _), Identity)| {
+        let Identity { device, inode, size, changed, root, sif, server } = identity;
         let verity = root.and_then(|root| verity::read_hexadecimal(&root));
-        let key = ImageKey { identity: ImageIdentity { device, inode, size, changed }, verity, is_sif: sif };
+        let key = ImageKey { identity: ImageIdentity { device, inode, size, changed }, verity, is_sif: sif, server };
         Known { image, content, key }
     };
     Ok(Some(images.into_iter().zip(text.identities).map(known).collect()))
-}
-
-fn boot_id() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_owned())
 }

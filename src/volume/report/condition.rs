@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::paths;
 use crate::error::{Error, Kind, Result};
-use crate::kernel::image::{Content, ImageIdentity};
-use crate::kernel::loop_device::Reads;
+use crate::kernel::image::Content;
 use crate::lock::lock;
 use crate::single_flight::Flights;
 use crate::spec::Loopback;
 use crate::volume::record::Record;
-use crate::volume::source::{Device, Preparer};
+use crate::volume::source::{Device, Preparer, Unanswered};
 
 /// How long an answer is good for: the kubelet asks about every volume each minute or so, and many volumes share an image.
 const FRESH: Duration = Duration::from_secs(30);
@@ -36,7 +36,7 @@ pub struct Conditions {
     preparer: Arc<Preparer>,
     answers: Arc<Mutex<Answers>>,
     questions: Flights<Loopback, (), Content>,
-    reads: Mutex<UnansweredReads>,
+    reads: Mutex<Unanswered>,
 }
 
 impl Conditions {
@@ -54,6 +54,12 @@ impl Conditions {
             Vec::new()
         });
         for (image, attached) in &record.images {
+            if image.is_replicated() {
+                if let Some(wrong) = self.of_replicated(image, attached, &below).await {
+                    return Some(format!("image {} of {} {wrong}", image.path, image.base));
+                }
+                continue;
+            }
             let (place, on_server) = match image.base.export() {
                 Some(export) => (export.to_string(), true),
                 None if image.base.is_of_the_node() => (image.base.to_string(), false),
@@ -64,6 +70,28 @@ impl Conditions {
             }
         }
         None
+    }
+
+    /// The file on the server of its first path is looked at as that of an image which has one; of all servers it is told which are read.
+    async fn of_replicated(&self, image: &Loopback, attached: &Content, below: &[Device]) -> Option<String> {
+        let device = below.iter().find(|device| device.is_of(image, *attached))?;
+        let there = image.on(device.server);
+        if let Some(trouble) = self.preparer.digest_trouble(&there, *attached).await {
+            return Some(trouble);
+        }
+        if device.is_local() || device.server.is_none() {
+            return None;
+        }
+        match self.preparer.paths(device.number).await {
+            Ok(paths) => {
+                if let Some(trouble) = paths.and_then(|paths| paths::trouble(&paths, image)) {
+                    return Some(trouble);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "by which servers a volume is read is not known"),
+        }
+        let now = self.look_at(&there).await.ok()?;
+        changed(attached, &now, false, &format!(" on {}", there.base))
     }
 
     async fn of_image(
@@ -82,7 +110,7 @@ impl Conditions {
         }
         let now = self.look_at(image).await;
         if now.as_ref().is_ok_and(|now| now == attached) {
-            let hang = on_server && lock(&self.reads).hang(&devices, Instant::now());
+            let hang = on_server && hang(&mut lock(&self.reads), &devices, Instant::now());
             return hang.then(|| HANGS.into());
         }
         let is_local = !devices.is_empty() && devices.iter().all(|device| device.is_local());
@@ -124,27 +152,14 @@ impl Conditions {
     }
 }
 
-/// Loop devices with reads that had no answer when they were looked at: what they are of, how much was read by then, and since when that
-/// is so.
-#[derive(Default)]
-struct UnansweredReads(HashMap<u32, (ImageIdentity, u64, Instant)>);
-
-impl UnansweredReads {
-    /// Whether nothing was read of one of these for a while although somebody reads: its server may answer, and be elsewhere.
-    fn hang(&mut self, devices: &[&Device], now: Instant) -> bool {
-        let mut hang = |device: &Device| {
-            let Device { number, identity, reads: Reads { bytes, under_way, .. }, .. } = *device;
-            let before = self.0.remove(&number).filter(|known| (known.0, known.1) == (identity, bytes));
-            let since = before.map_or(now, |known| known.2);
-            if under_way > 0 {
-                self.0.insert(number, (identity, bytes, since));
-            }
-            // A copy hangs with its disk.
-            under_way > 0 && now.duration_since(since) >= LONG && !device.is_local()
-        };
-        // Each is looked at.
-        devices.iter().filter(|device| hang(device)).count() > 0
-    }
+/// Whether nothing was read of one of these for a while although somebody reads: its server may answer, and be elsewhere.
+fn hang(unanswered: &mut Unanswered, devices: &[&Device], now: Instant) -> bool {
+    let mut hang = |device: &Device| {
+        // A copy hangs with its disk.
+        unanswered.of(device.number, device.identity, device.reads, now) >= LONG && !device.is_local()
+    };
+    // Each is looked at.
+    devices.iter().filter(|device| hang(device)).count() > 0
 }
 
 /// What became of an image, `place` being where: on the server, or nothing for one of the node.
@@ -168,16 +183,18 @@ fn changed(attached: &Content, now: &Content, is_local: bool, place: &str) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::image::ImageIdentity;
+    use crate::kernel::loop_device::Reads;
 
     #[test]
     fn reads_that_get_no_answer_for_a_while_are_told_from_those_that_are_under_way() {
-        let (mut unanswered, start) = (UnansweredReads::default(), Instant::now());
+        let (mut unanswered, start) = (Unanswered::default(), Instant::now());
         let identity = ImageIdentity { device: 1, inode: 2, size: 3, changed: 4 };
         let mut look = |bytes, under_way, seconds| {
             let device =
                 |number, under_way| Device::on_server(number, identity, Reads { bytes, under_way, answered: 0 });
             let (idle, busy) = (device(9, 0), device(7, under_way));
-            unanswered.hang(&[&busy, &idle], start + Duration::from_secs(seconds))
+            hang(&mut unanswered, &[&busy, &idle], start + Duration::from_secs(seconds))
         };
         assert!(!look(10, 1, 0) && !look(20, 1, 60) && !look(20, 1, 79) && look(20, 2, 80));
         assert!(!look(20, 0, 81) && !look(20, 1, 82) && look(20, 1, 102));

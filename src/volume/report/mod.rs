@@ -6,6 +6,7 @@ mod condition;
 mod examine;
 mod layer;
 mod observe;
+mod paths;
 mod stats;
 pub mod status;
 pub mod waiting;

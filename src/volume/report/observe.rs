@@ -36,8 +36,9 @@ impl Report {
             let published = status::volumes(&list.records, &kernel.mounts()?);
             let kept = cache.kept()?;
             let (attached, verified) = (kernel.loop_devices(mark.tag())?, kernel.verified_devices(mark.tag())?);
+            let multipaths = kernel.multipath_devices(mark.tag())?;
             let copy_of = |device: &_| cache.image_below(device);
-            let loop_devices = status::loop_devices(attached, &verified, &published, copy_of);
+            let loop_devices = status::loop_devices(attached, &verified, &multipaths, &published, copy_of);
             Ok::<_, Error>((list.unreadable, published, loop_devices, kernel.nfs_counters()?, kept))
         };
         let looked = blocking::run("look at the volumes of this node", look).await?;

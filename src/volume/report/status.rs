@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::waiting::{self, Told, Waiting};
 use crate::blocking::{RELEASING, WAITING};
 use crate::error::Result;
-use crate::kernel::device_mapper::{Verified, verified};
+use crate::kernel::device_mapper::{Multipath, Verified, multipath, verified};
 use crate::kernel::loop_device::{self, Attached};
 use crate::kernel::mountinfo::{self, MountInfo};
 use crate::kernel::thread;
@@ -90,6 +90,21 @@ pub struct Loop {
     pub read_bytes: u64,
     /// How many published paths stand on it.
     pub published: usize,
+    /// Of an image that several servers have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<ServerPath>,
+}
+
+/// A loop device as one of several, of which the kernel reads by one.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerPath {
+    /// The loop device of the first, on which the volumes stand.
+    pub of: u32,
+    /// The place of its server in the list of the volume, from 0.
+    pub server: u8,
+    /// It got an error there, and is not read by until the server is well.
+    pub failed: bool,
 }
 
 /// Reads the driver's records, the mount table, the loop devices and the threads, and asks the driver that runs. Asks no server.
@@ -98,9 +113,10 @@ pub fn read(driver_name: &str, data_dir: &Path, cache_dir: &Path) -> Result<Stat
     let volumes = volumes(&records, &mountinfo::read()?);
     let mark = Mark::new(driver_name);
     let (attached, verified) = (loop_device::list(mark.tag())?, verified::list(mark.tag())?);
+    let multipaths = multipath::list(mark.tag())?;
     let copies = by_hand::open(cache_dir)?;
     let copy_of = |device: &Attached| copies.as_ref()?.image_below(device);
-    let loop_devices = loop_devices(attached, &verified, &volumes, copy_of);
+    let loop_devices = loop_devices(attached, &verified, &multipaths, &volumes, copy_of);
     // A driver that does not answer is no reason to say nothing of what it has.
     let (Told { waiting, copies, prefetching }, silent) = match waiting::ask(data_dir) {
         Ok(told) => (told, None),
@@ -133,12 +149,15 @@ pub fn volumes(records: &[Record], mounts: &[MountInfo]) -> Vec<PublishedVolume>
 pub fn loop_devices(
     attached: Vec<Attached>,
     verified: &[Verified],
+    multipaths: &[Multipath],
     volumes: &[PublishedVolume],
     copy_of: impl Fn(&Attached) -> Option<String>,
 ) -> Vec<Loop> {
     let describe = |attached: Attached| {
         let number = attached.device.number();
         let image = copy_of(&attached);
+        let path = path_of(&attached, verified, multipaths);
+        let stands_on = path.map_or(number, |path| path.of);
         Loop {
             number,
             local: image.is_some(),
@@ -147,10 +166,22 @@ pub fn loop_devices(
             image: image.or(attached.backing_file.map(|path| without_nfs_directory(&path).to_owned())),
             size: attached.identity.size,
             read_bytes: attached.reads.bytes,
-            published: volumes.iter().filter(|volume| volume.loop_devices.contains(&number)).count(),
+            published: volumes.iter().filter(|volume| volume.loop_devices.contains(&stands_on)).count(),
+            path,
         }
     };
     attached.into_iter().map(describe).collect()
+}
+
+fn path_of(attached: &Attached, verified: &[Verified], multipaths: &[Multipath]) -> Option<ServerPath> {
+    let loop_device::Purpose::Path { server, .. } = attached.purpose else { return None };
+    let number = attached.device.number();
+    let verified = verified.iter().find(|it| it.loop_device == number);
+    let device = verified.map_or_else(|| attached.device.device(), |it| it.device);
+    multipaths.iter().find_map(|it| {
+        let path = it.paths.iter().find(|path| path.device == device)?;
+        Some(ServerPath { of: it.loop_device, server, failed: path.is_failed })
+    })
 }
 
 fn volume(record: &Record, mounts: &BTreeMap<&str, &MountInfo>) -> PublishedVolume {
@@ -181,16 +212,20 @@ impl fmt::Display for Status {
             }
         }
         for device in &self.loop_devices {
-            let Loop { number, image, local, verified, corrupted, size, read_bytes, published } = device;
+            let Loop { number, image, local, verified, corrupted, size, read_bytes, published, path } = device;
             let (image, copy) = (image.as_deref().unwrap_or("?"), if *local { " (a copy on this node)" } else { "" });
             let verified = match (verified, corrupted) {
                 (_, true) => ", verified: other bytes than the root hash says",
                 (true, false) => ", verified",
                 (false, false) => "",
             };
+            let path = path.map_or(String::new(), |ServerPath { of, server, failed }| {
+                let failed = if failed { ", which failed" } else { "" };
+                format!(", path {server} of /dev/loop{of}{failed}")
+            });
             writeln!(
                 f,
-                "/dev/loop{number}: image {image}{copy}{verified}, {size} bytes, {read_bytes} read, {published} published"
+                "/dev/loop{number}: image {image}{copy}{verified}{path}, {size} bytes, {read_bytes} read, {published} published"
             )?;
         }
         for UnderWay { image, size, copied, failed } in &self.copies {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::prepare::Preparer;
-use super::prepared::{AttachedImage, ImageKey, Known, Origin};
+use super::prepared::{AttachedImage, ImageKey, Known, Origin, Over};
 use crate::blocking::{self, OffThread};
 use crate::error::Result;
 use crate::kernel;
@@ -32,7 +32,9 @@ impl Preparer {
             return Ok(Some(attached));
         }
         // It may have been moved there since it was written down.
-        let copy = Name::of(&known.image).map(|name| Original::new(name, known.content, key.identity.changed).id());
+        let copy = Name::of(&known.image.on(key.server))
+            .map(|name| Original::new(name, known.content, key.identity.changed).id());
+        let (content, image) = (known.content, known.image.clone());
         let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
         let unknown = match known.image.base.is_of_the_node() {
             true => self.exports.places_of_the_node(),
@@ -54,7 +56,14 @@ impl Preparer {
             let Attached { device, identity, .. } = attached;
             let key = ImageKey { identity, ..key };
             // Its superblock is there: nothing is read.
-            let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
+            let attached = match key.server {
+                None => AttachedImage::new(&*kernel, key, content, device, file_system, &mark, origin)?,
+                Some(_) => {
+                    let Some(over) = kernel.find_multipath_device(number, mark.tag())? else { return Ok(None) };
+                    let over = Some(Over::Paths(over, image));
+                    AttachedImage::over(&*kernel, key, content, device, over, file_system, origin)?
+                }
+            };
             Ok::<_, kernel::Error>(Some((key, OffThread::new(attached))))
         };
         match blocking::run("look for the image on a loop device", look).await? {

@@ -71,6 +71,26 @@ impl Exports {
         }
     }
 
+    /// The mount of this export, if anybody uses it.
+    pub fn find(&self, export: &Export) -> Option<Arc<OffThread<NfsMount>>> {
+        self.mounts.find(export)
+    }
+
+    /// Asks the server of an export, which need not be mounted.
+    pub async fn probe(&self, export: &Export) -> Result<()> {
+        if let Some(mount) = self.mounts.find(export) {
+            return mount.probe().await;
+        }
+        let mut answer = Err(Error::new(Kind::Unavailable, format!("ask {export}: the name has no address")));
+        for address in self.addresses(export).await? {
+            answer = self.ask(export, address).await.map_err(Error::from);
+            if answer.is_ok() {
+                break;
+            }
+        }
+        answer
+    }
+
     /// See [`places::admit`].
     pub async fn admit(&self, step: &str) -> Option<Place> {
         places::admit(&self.places, step).await

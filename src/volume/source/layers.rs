@@ -32,14 +32,14 @@ impl Preparer {
                 format!("image {} is an index of layers: a digest and a root hash are those of one file", spec.path);
             return Err(Error::new(Kind::InvalidArgument, message));
         }
-        let (base, image) = self.open_index(spec, known).await?;
+        let (there, base, image) = self.open_index(spec, known).await?;
         let (path, places) = (spec.path.clone(), base.as_ref().and_then(PreparedBase::places));
         let text = run_at(places, format!("read index {path}"), move || read(&image, &path, MAX)).await?;
         let wrong = |kind, why: &str| Error::new(kind, format!("image {} of {}: {why}", spec.path, spec.base));
         let mut layers = index::parse(&text).map_err(|why| wrong(Kind::FailedPrecondition, &why))?;
         match spec.verity {
             Some(_) => {
-                self.check_signed(spec, base.as_ref(), &spec.path, &text).await?;
+                self.check_signed(&there, base.as_ref(), &spec.path, &text).await?;
                 if let Some(layer) = layers.iter().find(|layer| layer.verity.is_none()) {
                     let why = format!("it is signed, and names no root hash of its layer {}", layer.name);
                     return Err(wrong(Kind::FailedPrecondition, &why));
@@ -51,8 +51,27 @@ impl Preparer {
         Ok(layers.iter().map(|layer| spec.layer(layer)).collect())
     }
 
-    /// The index, on its server or on this node.
-    async fn open_index(&self, spec: &Loopback, known: &[Known]) -> Result<(Option<PreparedBase>, OffThread<Image>)> {
+    /// The index on the first of its servers that has it, or on this node.
+    async fn open_index(
+        &self,
+        spec: &Loopback,
+        known: &[Known],
+    ) -> Result<(Loopback, Option<PreparedBase>, OffThread<Image>)> {
+        let mut errors = Vec::new();
+        for (_, there) in self.in_order(spec) {
+            match self.open_index_on(&there, known).await {
+                Ok((base, image)) => return Ok((there, base, image)),
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(Error::of_all(errors))
+    }
+
+    async fn open_index_on(
+        &self,
+        spec: &Loopback,
+        known: &[Known],
+    ) -> Result<(Option<PreparedBase>, OffThread<Image>)> {
         let opened = self.open_image(spec, known, None);
         let Some(name) = self.copied(spec)? else {
             return opened.await.map(|(base, image)| (Some(base), image));

@@ -18,7 +18,7 @@ use crate::step::{self, Step};
 use crate::volume::cache::{Cache, Entry, Name, Original, Source, other_bytes};
 
 /// How long a server may take to say what an image is, where there is a copy to begin with.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A file that is open.
 pub(super) enum Opened {
@@ -62,7 +62,7 @@ impl Preparer {
         metrics::cache().misses.inc();
         let source = self.source(original, &image, &base)?;
         let identity = image.identity;
-        let attached = self.attach(spec, image, root, file_system, Origin::Base(base.clone())).await?;
+        let attached = self.attach(spec, image, root, file_system, Origin::Bases(vec![base.clone()])).await?;
         self.copy_behind(source, identity, base);
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }
@@ -76,10 +76,7 @@ impl Preparer {
     ) -> Result<Opened> {
         let opened = match self.cache.has(name, spec.digest).await {
             false => opened.await,
-            true => tokio::time::timeout(PATIENCE, opened).await.unwrap_or_else(|_| {
-                let message = format!("no answer in {} s: is the server up?", PATIENCE.as_secs());
-                Err(Error::new(Kind::Unavailable, message))
-            }),
+            true => tokio::time::timeout(PATIENCE, opened).await.unwrap_or_else(|_| Err(no_answer())),
         };
         match opened {
             Ok((base, image)) => Ok(Opened::OnServer(base, image)),
@@ -123,12 +120,24 @@ impl Preparer {
     pub async fn warm(&self, spec: &Loopback) -> Result<Vec<Entry>> {
         let mut copies = Vec::new();
         if spec.is_index() {
-            copies.push(self.warm_one(spec).await?);
+            copies.push(self.warm_any(spec).await?);
         }
         for layer in self.layers(spec, &[]).await? {
-            copies.push(self.warm_one(&layer).await?);
+            copies.push(self.warm_any(&layer).await?);
         }
         Ok(copies)
+    }
+
+    /// From the first of its servers that has it.
+    async fn warm_any(&self, spec: &Loopback) -> Result<Entry> {
+        let mut errors = Vec::new();
+        for (_, there) in self.in_order(spec) {
+            match self.warm_one(&there).await {
+                Ok(entry) => return Ok(entry),
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(Error::of_all(errors))
     }
 
     async fn warm_one(&self, spec: &Loopback) -> Result<Entry> {
@@ -172,6 +181,10 @@ impl Preparer {
         let why = self.cache.failure(&name, content).filter(|_| copies.is_empty())?;
         Some(format!("was not checked for the digest that the volume names, as it could not be copied: {why}"))
     }
+}
+
+pub(super) fn no_answer() -> Error {
+    Error::new(Kind::Unavailable, format!("no answer in {} s: is the server up?", PATIENCE.as_secs()))
 }
 
 /// Whether an error is the server's answer about a file, and not that there is none, or that this node cannot ask.

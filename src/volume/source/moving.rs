@@ -10,7 +10,7 @@ use super::prepared::{ImageKey, PreparedBase};
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Kind, Result};
 use crate::kernel::image::{Content, Image, ImageIdentity};
-use crate::kernel::loop_device::Attached;
+use crate::kernel::loop_device::{Attached, Purpose};
 use crate::kernel::{self, Kernel};
 use crate::lock::lock;
 use crate::places::run_at;
@@ -55,15 +55,21 @@ impl Preparer {
         let list = move || {
             let mut devices = kernel.loop_devices(mark.tag())?;
             devices.retain(|device| cache.below(device).is_none());
-            Ok::<_, kernel::Error>(devices.into_iter().map(|device| device.identity).collect::<Vec<_>>())
+            Ok::<_, kernel::Error>(devices.into_iter().map(|it| (it.identity, it.purpose)).collect::<Vec<_>>())
         };
         let devices = blocking::run("look at the loop devices", list).await?;
         let mut servers = HashMap::<_, Vec<_>>::new();
         for published in images {
-            let content = published.content;
-            let is_it = |device: &ImageIdentity| (device.inode, device.size) == (content.inode, content.size);
-            if let Some(nfs) = published.image.base.export().filter(|_| devices.iter().any(is_it)) {
-                servers.entry(nfs.host.clone()).or_default().push(published);
+            let Content { inode, size, .. } = published.content;
+            let purpose =
+                devices.iter().find(|(it, _)| (it.inode, it.size) == (inode, size)).map(|(_, purpose)| *purpose);
+            let image = match purpose {
+                Some(Purpose::Path { server, .. }) => published.image.on(Some(server)),
+                Some(_) => published.image,
+                None => continue,
+            };
+            if let Some(nfs) = image.base.export() {
+                servers.entry(nfs.host.clone()).or_default().push(Published { image, ..published });
             }
         }
         let mut tasks = Vec::new();
@@ -130,7 +136,8 @@ impl Mover {
         let work = move || {
             let is_movable = copy.is_movable()?;
             let mut devices = kernel.loop_devices(mark.tag())?;
-            devices.retain(|it| it.identity == from && (is_movable || it.purpose.is_verified()));
+            let is_kept = |purpose| matches!(purpose, Purpose::Verity | Purpose::Path { .. });
+            devices.retain(|it| it.identity == from && (is_movable || is_kept(it.purpose)));
             let mut moved = Vec::new();
             for Attached { device, purpose, .. } in &devices {
                 if let Err(error) = kernel.change_backing(device, &copy) {

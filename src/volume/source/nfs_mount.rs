@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -12,11 +13,16 @@ use super::mark::nfs_directory;
 use super::probe::null_call;
 use crate::blocking;
 use crate::error::Result;
-use crate::kernel::mount::{DetachedMount, Symlinks, open_directory, open_directory_beneath};
+use crate::kernel::image::ImageIdentity;
+use crate::kernel::mount::{self, DetachedMount, Symlinks, open_directory, open_directory_beneath};
 use crate::kernel::nfs::{self, Export};
 use crate::kernel::{self, Doing, Kernel, Subject, in_namespace};
 use crate::lock::lock;
 use crate::places::Places;
+
+/// For how long calls are ended, and how often: the next ones are made when one has ended.
+const ABORTING: Duration = Duration::from_secs(10);
+const BETWEEN: Duration = Duration::from_millis(10);
 
 /// An export mounted in the driver's namespace, for as long as anyone holds it.
 pub struct NfsMount {
@@ -130,6 +136,21 @@ impl NfsMount {
     /// For what may be set of a mount.
     pub(super) fn mount(&self) -> &DetachedMount {
         &self.mount
+    }
+
+    /// Whether an image with this identity was opened on it. Asks no server.
+    pub fn has(&self, identity: ImageIdentity) -> kernel::Result<bool> {
+        Ok(mount::device_of(&*self.mount)? == identity.device)
+    }
+
+    /// Ends the calls that wait for the server, with an error for who made them, again and again until `is_done`, or for a while.
+    pub fn abort_calls(&self, is_done: impl Fn() -> bool) -> kernel::Result<()> {
+        let start = Instant::now();
+        while !is_done() && start.elapsed() < ABORTING {
+            in_namespace(&*self.kernel, || self.kernel.abort_calls(Path::new(&self.directory)))??;
+            std::thread::sleep(BETWEEN);
+        }
+        Ok(())
     }
 
     fn detach(&self) -> kernel::Result<()> {

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, Weak};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use rustix::io::Errno;
+use tokio::sync::Semaphore;
 
 use super::ahead::Prefetcher;
 use super::exports::Exports;
 use super::mark::Mark;
 use super::open_base::OpenBase;
+use super::paths::{Trials, Unanswered};
 use super::prepared::{AttachedImage, BlockDevice, ImageKey, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
 use crate::blocking::{OffThread, measured};
@@ -22,9 +24,10 @@ use crate::kernel::image::{Content, Image};
 use crate::kernel::mount::{Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
 use crate::kernel::verity::RootHash;
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, boot};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
+use crate::spec::replicas::{RETRANS, TIMEO};
 use crate::spec::{self, Allowed, Attach, Base, Device, FsType, Loopback, MAX_LOWER, Mount, Nfs, NfsVersion};
 use crate::volume::cache::Cache;
 
@@ -48,6 +51,12 @@ pub struct Preparer {
     pub(super) prefetcher: Arc<Prefetcher>,
     /// The servers whose copies are seen to, while that lives.
     pub(super) tending: Mutex<HashMap<String, Weak<()>>>,
+    /// One at a time attaches an image of several servers, by its name.
+    pub(super) attaching: Mutex<HashMap<String, Arc<Semaphore>>>,
+    pub(super) trials: Mutex<Trials>,
+    pub(super) unanswered: Mutex<Unanswered>,
+    /// What tells this node from others, for as long as it is up.
+    pub(super) boot_id: String,
 }
 
 impl Preparer {
@@ -62,6 +71,7 @@ impl Preparer {
         prefetcher: Prefetcher,
     ) -> Result<Self> {
         let host_root = Arc::new(open_directory(host_root)?);
+        let boot_id = boot::id()?;
         let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), read_ahead));
         Ok(Preparer {
             kernel,
@@ -73,6 +83,10 @@ impl Preparer {
             cache,
             prefetcher: Arc::new(prefetcher),
             tending: Mutex::default(),
+            attaching: Mutex::default(),
+            trials: Mutex::default(),
+            unanswered: Mutex::default(),
+            boot_id,
         })
     }
 
@@ -159,14 +173,28 @@ impl Preparer {
 
     fn export(&self, nfs: &Nfs) -> (Export, String) {
         let (path, directory) = self.policy.split(&nfs.host, &nfs.path);
+        let mut options: Vec<_> = nfs.options.iter().map(|option| (option.key.clone(), option.value.clone())).collect();
+        // One that does not answer is given up in seconds: there is another.
+        if !nfs.one_of.is_empty() {
+            let number = |number: u32| Some(number.to_string());
+            let impatient = [("softerr", None), ("timeo", number(TIMEO)), ("retrans", number(RETRANS))];
+            let missing = impatient.into_iter().filter(|(key, _)| nfs.options.iter().all(|option| option.key != *key));
+            options.extend(missing.map(|(key, value)| (key.to_owned(), value)));
+        }
         let export = Export {
             host: nfs.host.clone(),
             path: path.to_owned(),
             version: version(nfs.version),
             read_only: nfs.read_only,
-            options: nfs.options.iter().map(|option| (option.key.clone(), option.value.clone())).collect(),
+            options,
+            one_of: nfs.one_of.clone(),
         };
         (export, directory.to_owned())
+    }
+
+    /// That which images on it are opened on.
+    pub(super) fn image_export(&self, nfs: &Nfs) -> Export {
+        Export { read_only: true, ..self.export(nfs).0 }
     }
 
     async fn base(&self, base: &Base, known: &[Known], read_only: bool) -> Result<PreparedBase> {
@@ -194,6 +222,9 @@ impl Preparer {
         {
             return Ok(ImageOnLoop { spec: spec.clone(), content: known.content, attached });
         }
+        if spec.is_replicated() {
+            return self.replicated(spec, known, file_system).await;
+        }
         let copied = self.copied(spec)?;
         let opened = self.open_image(spec, known, Some(file_system));
         if let Some(name) = copied {
@@ -202,7 +233,7 @@ impl Preparer {
         let (base, image) = opened.await?;
         let (content, root) = (image.content, self.root_hash(spec, Some(&base)).await?);
         let to_prefetch = self.to_prefetch(spec, &image)?;
-        let attached = self.attach(spec, image, root, file_system, Origin::Base(base.clone())).await?;
+        let attached = self.attach(spec, image, root, file_system, Origin::Bases(vec![base.clone()])).await?;
         if let Some(to_prefetch) = to_prefetch {
             self.prefetch(to_prefetch, &attached, base.places());
         }
@@ -220,7 +251,7 @@ impl Preparer {
             // The file system that was exported when it was mounted is there no more.
             Err(error) if error.errno() == Some(Errno::STALE) => {
                 let Some(nfs) = spec.base.export() else { return Err(error) };
-                self.exports.forget(&Export { read_only: true, ..self.export(nfs).0 });
+                self.exports.forget(&self.image_export(nfs));
                 self.open_once(spec, known, file_system).await
             }
             opened => opened,
@@ -259,16 +290,17 @@ impl Preparer {
         origin: Origin,
     ) -> Result<Arc<OffThread<AttachedImage>>> {
         let places = match &origin {
-            Origin::Base(base) => base.places(),
+            Origin::Bases(bases) => Places::of_all(bases.iter().filter_map(PreparedBase::places)),
             Origin::Earlier(places) => Some(places.clone()),
             Origin::Copy => None,
         };
         let name = of_base(spec, Some(file_system));
-        let key = ImageKey { identity: image.identity, verity: root, is_sif: file_system == FileSystem::Sif };
+        let (identity, is_sif, content) = (image.identity, file_system == FileSystem::Sif, image.content);
+        let key = ImageKey { identity, verity: root, is_sif, server: None };
         let (kernel, mark, step) = (Arc::clone(&self.kernel), self.mark.clone(), format!("attach image {name}"));
         let attach = move || {
             let device = measured("loop", || kernel.loop_device(&image, key.purpose(), mark.tag()))?;
-            let attached = AttachedImage::new(&*kernel, key, device, file_system, &mark, origin)?;
+            let attached = AttachedImage::new(&*kernel, key, content, device, file_system, &mark, origin)?;
             Ok::<_, kernel::Error>(OffThread::new(attached))
         };
         let admitted = self.exports.admit(&step).await;

@@ -1,7 +1,7 @@
 //! A spec whose servers were asked and whose images are attached: what is left to do needs this node alone.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::ahead::OfImage;
@@ -9,7 +9,7 @@ use super::mark::{Layer, Mark};
 use super::nfs_mount::NfsMount;
 use crate::blocking::{OffThread, measured};
 use crate::error::Result;
-use crate::kernel::device_mapper::VerifiedDevice;
+use crate::kernel::device_mapper::{MultipathDevice, VerifiedDevice};
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, ImageIdentity};
 use crate::kernel::loop_device::{LoopDevice, Purpose};
@@ -66,8 +66,8 @@ pub struct ImageOnLoop {
 
 /// Where an image comes from.
 pub enum Origin {
-    /// Kept so that the next image of the same export finds its NFS mount.
-    Base(PreparedBase),
+    /// One for each server, kept so that the next image of the same export finds its NFS mount.
+    Bases(Vec<PreparedBase>),
     /// A copy on this node: nobody is asked, and no export is needed any more.
     Copy,
     /// An earlier process attached it: nobody knows any more whom who reads in it asks.
@@ -89,15 +89,34 @@ pub struct ImageKey {
     pub verity: Option<RootHash>,
     /// What is mounted is a part of the file; none that is verified is.
     pub is_sif: bool,
+    /// Of an image that several servers have, the place in their list of the one whose file this is: its first path.
+    pub server: Option<u8>,
 }
 
 impl ImageKey {
     /// What the loop device of the image is for.
     pub fn purpose(&self) -> Purpose {
-        match (self.verity, self.is_sif) {
-            (Some(_), _) => Purpose::Verity,
-            (None, true) => Purpose::Sif,
-            (None, false) => Purpose::FileSystem,
+        match (self.server, self.verity, self.is_sif) {
+            (Some(server), verity, _) => Purpose::Path { server, verified: verity.is_some() },
+            (None, Some(_), _) => Purpose::Verity,
+            (None, None, true) => Purpose::Sif,
+            (None, None, false) => Purpose::FileSystem,
+        }
+    }
+}
+
+/// What stands on the loop device of an image, and is mounted in its place.
+pub enum Over {
+    Verified(VerifiedDevice),
+    /// Of several servers, which may have a verified device each, and the image that they have.
+    Paths(MultipathDevice, Loopback),
+}
+
+impl Over {
+    fn path(&self) -> &Path {
+        match self {
+            Over::Verified(device) => device.path(),
+            Over::Paths(device, _) => device.path(),
         }
     }
 }
@@ -108,8 +127,10 @@ pub struct AttachedImage {
     key: ImageKey,
     // Each is dropped before what it stands on.
     _mount: DetachedMount,
-    verified: Option<VerifiedDevice>,
+    over: Option<Over>,
     pub device: LoopDevice,
+    /// What its file was when it was attached.
+    pub content: Content,
     origin: Mutex<Origin>,
     pub ahead: OfImage,
 }
@@ -119,6 +140,7 @@ impl AttachedImage {
     pub fn new(
         kernel: &dyn Kernel,
         key: ImageKey,
+        content: Content,
         device: LoopDevice,
         file_system: FileSystem,
         mark: &Mark,
@@ -127,22 +149,55 @@ impl AttachedImage {
         let ImageKey { identity, verity, .. } = key;
         let verify =
             |root: RootHash| measured("verity", || kernel.verified_device(&device, identity.size, &root, mark.tag()));
-        let verified = verity.map(verify).transpose()?;
-        let path = path_of(verified.as_ref(), &device);
+        let over = verity.map(verify).transpose()?.map(Over::Verified);
+        AttachedImage::over(kernel, key, content, device, over, file_system, origin)
+    }
+
+    /// Mounts the file system of what stands on the device, or of the device itself.
+    pub fn over(
+        kernel: &dyn Kernel,
+        key: ImageKey,
+        content: Content,
+        device: LoopDevice,
+        over: Option<Over>,
+        file_system: FileSystem,
+        origin: Origin,
+    ) -> kernel::Result<Self> {
+        let path = path_of(over.as_ref(), &device);
         let mount = measured(file_system.kernel_name(), || kernel.mount(file_system.on(&path, false)))?;
         Ok(AttachedImage {
             key,
             _mount: mount,
-            verified,
+            over,
             device,
+            content,
             origin: Mutex::new(origin),
             ahead: OfImage::default(),
         })
     }
 
+    pub fn key(&self) -> ImageKey {
+        self.key
+    }
+
+    /// The image, if several servers have it.
+    pub fn replicated(&self) -> Option<&Loopback> {
+        match &self.over {
+            Some(Over::Paths(_, image)) => Some(image),
+            Some(Over::Verified(_)) | None => None,
+        }
+    }
+
     /// The device that is mounted.
     pub fn path(&self) -> PathBuf {
-        path_of(self.verified.as_ref(), &self.device)
+        path_of(self.over.as_ref(), &self.device)
+    }
+
+    /// From now on it comes from this server too.
+    pub fn comes_from(&self, base: PreparedBase) {
+        if let Origin::Bases(bases) = &mut *lock(&self.origin) {
+            bases.push(base);
+        }
     }
 
     /// From now on it is read from this node: lets go of what it came from.
@@ -153,8 +208,8 @@ impl AttachedImage {
     }
 }
 
-fn path_of(verified: Option<&VerifiedDevice>, device: &LoopDevice) -> PathBuf {
-    verified.map_or_else(|| device.path(), |verified| verified.path().to_owned())
+fn path_of(over: Option<&Over>, device: &LoopDevice) -> PathBuf {
+    over.map_or_else(|| device.path(), |over| over.path().to_owned())
 }
 
 #[derive(Clone)]
@@ -187,7 +242,7 @@ impl Prepared {
             Prepared::Nfs { .. } | Prepared::FileSystem { device: BlockDevice::Local(_), .. } => Vec::new(),
             Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => {
                 let mut images = match &*lock(&image.attached.origin) {
-                    Origin::Base(base) => base.images(),
+                    Origin::Bases(bases) => bases.iter().flat_map(PreparedBase::images).collect(),
                     Origin::Copy | Origin::Earlier(_) => Vec::new(),
                 };
                 images.push(Known { image: image.spec.clone(), content: image.content, key: image.attached.key });
@@ -203,7 +258,7 @@ impl Prepared {
         match self {
             Prepared::Nfs { mount, .. } => Some(mount.places().clone()),
             Prepared::FileSystem { device: BlockDevice::Loop(image), .. } => match &*lock(&image.attached.origin) {
-                Origin::Base(base) => base.places(),
+                Origin::Bases(bases) => Places::of_all(bases.iter().filter_map(PreparedBase::places)),
                 Origin::Copy => None,
                 Origin::Earlier(places) => Some(places.clone()),
             },

@@ -103,7 +103,7 @@ pub async fn where_nfs_answers(host: &str, ports: &BTreeSet<u16>) -> crate::erro
 /// Whether what answers at this port speaks this version of NFS.
 async fn ask_service(host: &str, address: IpAddr, port: u16, version: Version) -> Result<bool> {
     let (host, path) = (host.to_owned(), "/".to_owned());
-    let export = Export { host, path, version, read_only: true, options: Vec::new() };
+    let export = Export { host, path, version, read_only: true, options: Vec::new(), one_of: Vec::new() };
     Ok(ask(&export, SocketAddr::new(address, port)).await? == Some(SUCCESS))
 }
 
@@ -135,7 +135,7 @@ mod tests {
 
     fn export() -> Export {
         let (host, path) = ("localhost".into(), "/images".into());
-        Export { host, path, version: Version::V4_2, read_only: true, options: Vec::new() }
+        Export { host, path, version: Version::V4_2, read_only: true, options: Vec::new(), one_of: Vec::new() }
     }
 
     /// Asks a listener that reads a call and answers these words.

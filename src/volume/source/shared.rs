@@ -30,6 +30,11 @@ where
         find(&self.live, key)
     }
 
+    /// All that somebody uses.
+    pub fn all(&self) -> Vec<Arc<V>> {
+        lock(&self.live).values().filter_map(Weak::upgrade).collect()
+    }
+
     /// From now on each object for which `other` has another key has that one; returns these objects.
     pub fn rename(&self, other: impl Fn(&K) -> Option<K>) -> Vec<Arc<V>> {
         let mut live = lock(&self.live);
