@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::CString;
-use std::io;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError};
@@ -52,22 +51,9 @@ where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
-    let (waiting, span) = (Waiting::new(servers.into()), tracing::Span::current());
-    let (namespace, since) = (step::namespace(), Instant::now());
-    let under_way = UnderWay { servers: servers.to_owned(), step: step.clone(), namespace, since };
-    answered(
-        step,
-        |work| {
-            let work = move || {
-                let _counted = (waiting, Listed::new(under_way));
-                // What the thread logs belongs to the call that started it.
-                span.in_scope(work);
-            };
-            named_thread(WAITING).spawn(work).map(drop)
-        },
-        work,
-    )
-    .await
+    let (job, answer) = job(work);
+    start(servers, &step, job)?;
+    answered(&step, answer).await
 }
 
 /// [`run`] for `work` that lets go of something, for which nobody may wait long: the kernel may still have to tell a server.
@@ -76,35 +62,42 @@ where
     T: Send + 'static,
     E: Into<Error> + Send + 'static,
 {
+    let (step, (job, answer)) = (step.into(), job(work));
+    step::waiting_for(&step);
     let span = tracing::Span::current();
-    answered(
-        step.into(),
-        |work| {
-            RELEASES_TO_DO.add(move || span.in_scope(work));
-            Ok(())
-        },
-        work,
-    )
-    .await
+    RELEASES_TO_DO.add(move || span.in_scope(job));
+    answered(&step, answer).await
 }
 
-async fn answered<T, E>(
-    step: String,
-    start: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<()>,
-    work: impl Work<T, E>,
-) -> Result<T>
-where
-    T: Send + 'static,
-    E: Into<Error> + Send + 'static,
-{
-    let (sender, receiver) = oneshot::channel();
-    step::waiting_for(&step);
-    start(Box::new(move || {
+/// What a thread does. What is done with it is compiled once, and not for each kind of work.
+type Job = Box<dyn FnOnce() + Send>;
+type Answer<T, E> = oneshot::Receiver<std::result::Result<T, E>>;
+
+fn job<T: Send + 'static, E: Send + 'static>(work: impl Work<T, E>) -> (Job, Answer<T, E>) {
+    let (sender, answer) = oneshot::channel();
+    let job = Box::new(move || {
         // The caller may have stopped waiting.
         let _ = sender.send(work());
-    }))
-    .map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))?;
-    match receiver.await {
+    });
+    (job, answer)
+}
+
+fn start(servers: &str, step: &str, job: Job) -> Result<()> {
+    let (waiting, span) = (Waiting::new(servers.into()), tracing::Span::current());
+    let (namespace, since) = (step::namespace(), Instant::now());
+    let under_way = UnderWay { servers: servers.to_owned(), step: step.to_owned(), namespace, since };
+    step::waiting_for(step);
+    let job = move || {
+        let _counted = (waiting, Listed::new(under_way));
+        // What the thread logs belongs to the call that started it.
+        span.in_scope(job);
+    };
+    let started = named_thread(WAITING).spawn(job);
+    started.map(drop).map_err(|error| Error::new(Kind::ResourceExhausted, format!("{step}: start a thread: {error}")))
+}
+
+async fn answered<T, E: Into<Error>>(step: &str, answer: Answer<T, E>) -> Result<T> {
+    match answer.await {
         Ok(done) => done.map_err(Into::into),
         Err(_) => Err(Error::new(Kind::Internal, format!("{step}: the driver panicked: see its log"))),
     }
@@ -154,7 +147,7 @@ struct Releases {
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Box<dyn FnOnce() + Send>>,
+    jobs: VecDeque<Job>,
     threads: usize,
 }
 

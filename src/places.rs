@@ -83,18 +83,23 @@ impl Places {
         E: Into<Error> + Send + 'static,
     {
         let step = step.into();
-        let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
-        let place = take(&self.table, user, &step).await;
-        let name = |server: &IpAddr| match *server {
-            THE_NODE => "file systems of this node".to_owned(),
-            server => server.to_string(),
-        };
-        let servers = self.servers.iter().map(name).collect::<Vec<_>>().join(" ");
+        let (servers, place) = self.take(&step).await;
         blocking::run_for(&servers, step, move || {
             let _place = place;
             work()
         })
         .await
+    }
+
+    /// A place, and whose it is.
+    async fn take(&self, step: &str) -> (String, Place) {
+        let user = User { servers: Arc::clone(&self.servers), namespace: step::namespace() };
+        let place = take(&self.table, user, step).await;
+        let name = |server: &IpAddr| match *server {
+            THE_NODE => "file systems of this node".to_owned(),
+            server => server.to_string(),
+        };
+        (self.servers.iter().map(name).collect::<Vec<_>>().join(" "), place)
     }
 }
 
