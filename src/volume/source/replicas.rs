@@ -29,7 +29,7 @@ use crate::places::{Places, run_at};
 use crate::spec::Loopback;
 use crate::volume::cache::Original;
 
-/// How long is waited for the other servers once one has answered. Those that are late are added later: see [`super::paths`].
+/// How long is waited for the other servers once one has answered. Those that are late are added later: see [`super::tend_paths`].
 const LATE: Duration = Duration::from_secs(3);
 
 /// An image that is open on one of its servers.
