@@ -44,6 +44,8 @@ struct State {
     ignores_read_only: bool,
     merged_with: Option<(String, String)>,
     is_corrupted: bool,
+    /// Loop devices of which nothing is read, although somebody reads.
+    stalled: BTreeSet<u32>,
     multipath: Vec<OverPaths>,
 }
 
@@ -188,6 +190,11 @@ impl Double {
     /// From now on each server passes for the one at this address, as NFS 4 servers do that say so, with versions that begin so.
     pub fn merge_with(&self, address: &str, version: &str) {
         lock(&self.state).merged_with = Some((address.to_owned(), format!("(nfs {version}")));
+    }
+
+    /// From now on reads of this loop device get no answer.
+    pub fn stall(&self, number: u32) {
+        lock(&self.state).stalled.insert(number);
     }
 
     /// From now on something was read of each verified device that did not fit.
@@ -499,7 +506,8 @@ impl Kernel for Double {
             let (identity, purpose) = (device.identity, device.purpose);
             let opened = LoopDevice::of_number(*number, device.open()?);
             let backing_file = Some(path_of(device.file.as_fd()).display().to_string());
-            Ok(Attached { device: opened, identity, purpose, backing_file, reads: Reads::default() })
+            let reads = Reads { under_way: state.stalled.contains(number).into(), ..Reads::default() };
+            Ok(Attached { device: opened, identity, purpose, backing_file, reads })
         };
         devices.map(describe).collect()
     }

@@ -186,3 +186,43 @@ async fn a_file_that_was_given_another_mode_on_all_servers_is_read_on_and_not_mi
     assert_eq!(failed(&node), [false, false]);
     assert!(devices(&node)[0].queues);
 }
+
+#[tokio::test]
+async fn a_path_that_is_read_and_gets_no_answer_is_given_up_where_its_server_says_nothing_either() {
+    let node = Node::new().await;
+    node.publish("v", &image(&node), "p").await.unwrap();
+    let (start, path) = (Instant::now(), devices(&node)[0].paths[0].device);
+    node.kernel.stall(path.1);
+    let look = async |seconds| node.volumes.give_up_paths_now(start + Duration::from_secs(seconds)).await.unwrap();
+    assert!(look(0).await && look(3).await);
+    assert_eq!(failed(&node), [false, false], "its server answers");
+    node.stop_server().await;
+    look(4).await;
+    assert_eq!(failed(&node), [true, false]);
+}
+
+#[tokio::test]
+async fn a_server_that_says_it_is_there_and_gives_nothing_is_not_read_while_there_is_another() {
+    let node = Node::new().await;
+    node.publish("v", &image(&node), "p").await.unwrap();
+    let (start, paths) = (Instant::now(), devices(&node).remove(0).paths);
+    let look = async |seconds| node.volumes.give_up_paths_now(start + Duration::from_secs(seconds)).await.unwrap();
+    node.kernel.stall(paths[0].device.1);
+    look(0).await;
+    look(19).await;
+    assert_eq!(failed(&node), [false, false]);
+    look(20).await;
+    assert_eq!(failed(&node), [true, false]);
+    // The last one is waited for, as the only server of an image is.
+    node.kernel.stall(paths[1].device.1);
+    look(30).await;
+    look(60).await;
+    assert_eq!(failed(&node), [true, false]);
+}
+
+#[tokio::test]
+async fn a_node_without_such_images_is_not_looked_at_often() {
+    let node = Node::new().await;
+    node.publish("v", &node.image(""), "p").await.unwrap();
+    assert!(!node.volumes.give_up_paths_now(Instant::now()).await.unwrap());
+}
