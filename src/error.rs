@@ -75,6 +75,21 @@ impl Error {
     }
 }
 
+/// What the first of several servers gives that can, one after another; where none can, what [`Error::of_all`] says of them.
+pub async fn first_that_can<S, T, F>(servers: impl IntoIterator<Item = S>, ask: impl Fn(S) -> F) -> Result<T>
+where
+    F: Future<Output = Result<T>>,
+{
+    let mut errors = Vec::new();
+    for server in servers {
+        match ask(server).await {
+            Ok(given) => return Ok(given),
+            Err(error) => errors.push(error),
+        }
+    }
+    Err(Error::of_all(errors))
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

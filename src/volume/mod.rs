@@ -351,16 +351,13 @@ impl Volumes {
     async fn give_up_paths_now(&self, now: Instant) -> Result<bool> {
         let Some(silent) = self.preparer.silent_paths(now).await? else { return Ok(false) };
         if !silent.is_empty() {
-            self.preparer.give_up_paths(self.replicated().await?, &silent).await?;
+            self.preparer.give_up_paths(self.replicated(), &silent).await?;
         }
         Ok(true)
     }
 
     async fn tend_paths_now(&self, now: Instant) -> Result<()> {
-        match self.preparer.has_paths().await? {
-            true => self.preparer.tend_paths(self.replicated().await?, now).await,
-            false => Ok(()),
-        }
+        self.preparer.tend_paths(self.replicated(), now).await
     }
 
     async fn replicated(&self) -> Result<Vec<(PathBuf, Published)>> {

@@ -45,7 +45,7 @@ impl Exports {
         if let Some(mount) = self.mounts.find(export) {
             match mount.probe().await {
                 Ok(()) => return Ok(mount),
-                Err(error) => match self.answers_elsewhere(export, mount.address()).await {
+                Err(error) => match self.answers_at(export, Some(mount.address())).await {
                     Some(address) => {
                         tracing::warn!("mount {export} from {address} from now on: {error}");
                         self.mounts.forget(export, &mount);
@@ -76,19 +76,12 @@ impl Exports {
         self.mounts.find(export)
     }
 
-    /// Asks the server of an export, which need not be mounted.
-    pub async fn probe(&self, export: &Export) -> Result<()> {
-        if let Some(mount) = self.mounts.find(export) {
-            return mount.probe().await;
+    /// Whether the server of an export answers, which need not be mounted.
+    pub async fn answers(&self, export: &Export) -> bool {
+        match self.mounts.find(export) {
+            Some(mount) => mount.probe().await.is_ok(),
+            None => self.answers_at(export, None).await.is_some(),
         }
-        let mut answer = Err(Error::new(Kind::Unavailable, format!("ask {export}: the name has no address")));
-        for address in self.addresses(export).await? {
-            answer = self.ask(export, address).await.map_err(Error::from);
-            if answer.is_ok() {
-                break;
-            }
-        }
-        answer
     }
 
     /// See [`places::admit`].
@@ -110,11 +103,11 @@ impl Exports {
         resolve::all_addresses(&self.policy.addresses(&export.host)).await
     }
 
-    /// Another address of the server, at which it answers.
-    async fn answers_elsewhere(&self, export: &Export, silent: IpAddr) -> Option<IpAddr> {
+    /// An address of the server at which it answers, and not this one.
+    async fn answers_at(&self, export: &Export, silent: Option<IpAddr>) -> Option<IpAddr> {
         // Name servers that do not answer either have no better news.
         for address in self.addresses(export).await.ok()? {
-            if address != silent && self.ask(export, address).await.is_ok() {
+            if Some(address) != silent && self.ask(export, address).await.is_ok() {
                 return Some(address);
             }
         }

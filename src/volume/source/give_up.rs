@@ -48,7 +48,11 @@ impl Preparer {
     }
 
     /// Gives up those of the `silent` paths of published images whose servers do not answer: what is read there goes on at another server.
-    pub async fn give_up_paths(&self, published: Vec<(PathBuf, Published)>, silent: &Silent) -> Result<()> {
+    pub async fn give_up_paths(
+        &self,
+        published: impl Future<Output = Result<Vec<(PathBuf, Published)>>>,
+        silent: &Silent,
+    ) -> Result<()> {
         let there = self.paths_in_use(published).await?;
         let mut asked = Vec::new();
         for (paths, Published { image, .. }) in there.values() {
@@ -66,7 +70,7 @@ impl Preparer {
         let export = self.image_export(nfs);
         // Its disk may hang, or it waits for other clients after a restart: better read elsewhere, if there is another.
         let is_tried = silence >= HANGS && paths.each.iter().filter(|path| !path.state.is_failed).count() > 1;
-        if !is_tried && matches!(tokio::time::timeout(SILENT, self.exports.probe(&export)).await, Ok(Ok(()))) {
+        if !is_tried && matches!(tokio::time::timeout(SILENT, self.exports.answers(&export)).await, Ok(true)) {
             return Ok(());
         }
         tracing::warn!("{export} does not answer: {} is read on from another server", there.path);

@@ -6,7 +6,7 @@ use super::local::Opened;
 use super::prepare::Preparer;
 use super::prepared::{Known, PreparedBase};
 use crate::blocking::OffThread;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, first_that_can};
 use crate::kernel::image::Image;
 use crate::kernel::{self, Doing};
 use crate::places::run_at;
@@ -57,14 +57,11 @@ impl Preparer {
         spec: &Loopback,
         known: &[Known],
     ) -> Result<(Loopback, Option<PreparedBase>, OffThread<Image>)> {
-        let mut errors = Vec::new();
-        for (_, there) in self.in_order(spec) {
-            match self.open_index_on(&there, known).await {
-                Ok((base, image)) => return Ok((there, base, image)),
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(Error::of_all(errors))
+        let open = |(_, there): (u8, Loopback)| async move {
+            let (base, image) = self.open_index_on(&there, known).await?;
+            Ok((there, base, image))
+        };
+        first_that_can(self.in_order(spec), open).await
     }
 
     async fn open_index_on(

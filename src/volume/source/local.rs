@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::prepare::Preparer;
 use super::prepared::{ImageOnLoop, Origin, PreparedBase};
 use crate::blocking::OffThread;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, first_that_can};
 use crate::kernel::Doing;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::image::{Content, Image};
@@ -130,14 +130,8 @@ impl Preparer {
 
     /// From the first of its servers that has it.
     async fn warm_any(&self, spec: &Loopback) -> Result<Entry> {
-        let mut errors = Vec::new();
-        for (_, there) in self.in_order(spec) {
-            match self.warm_one(&there).await {
-                Ok(entry) => return Ok(entry),
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(Error::of_all(errors))
+        let warm = |(_, there): (u8, Loopback)| async move { self.warm_one(&there).await };
+        first_that_can(self.in_order(spec), warm).await
     }
 
     async fn warm_one(&self, spec: &Loopback) -> Result<Entry> {

@@ -15,7 +15,7 @@ use super::paths::{Paths, ServerPath};
 use super::prepare::Preparer;
 use super::prepared::{AttachedImage, ImageKey, ImageOnLoop, Known, Origin, Over, PreparedBase};
 use crate::blocking::{OffThread, measured};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, first_that_can};
 use crate::kernel::device_mapper::Message;
 use crate::kernel::file_system::FileSystem;
 use crate::kernel::fingerprint::Fingerprint;
@@ -61,10 +61,8 @@ impl Preparer {
             Err(error) if error.kind == Kind::Unavailable => return self.any_copy(spec, file_system, error).await,
             Err(error) => return Err(error),
         };
-        let mut is_copied = false;
         for replica in &replicas {
             let Some(name) = self.copied(&replica.spec)? else { continue };
-            is_copied = true;
             let original = Original::of(name, &replica.image);
             if let Some(copy) = self.cache.confirmed(&original, spec.digest).await? {
                 metrics::cache().hits.inc();
@@ -80,7 +78,7 @@ impl Preparer {
                 Some(name) => Some(self.source(Original::of(name, image), image, base)?),
                 None => None,
             };
-            let to_prefetch = if is_copied { None } else { self.to_prefetch(spec, image)? };
+            let to_prefetch = if to_copy.is_some() { None } else { self.to_prefetch(spec, image)? };
             behind.push((*server, image.identity, base.clone(), to_copy, to_prefetch));
         }
         let (attached, is_new) = self.attach_replicas(spec, replicas, root, file_system).await?;
@@ -112,14 +110,7 @@ impl Preparer {
 
     /// By what the image is to be verified: the first server says so that can.
     async fn root_hash_on(&self, replicas: &[Replica]) -> Result<Option<RootHash>> {
-        let mut errors = Vec::new();
-        for replica in replicas {
-            match self.root_hash(&replica.spec, Some(&replica.base)).await {
-                Ok(root) => return Ok(root),
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(Error::of_all(errors))
+        first_that_can(replicas, |replica| self.root_hash(&replica.spec, Some(&replica.base))).await
     }
 
     /// The image on each of its servers that answers, in this node's order of them.

@@ -54,42 +54,38 @@ impl Preparer {
         blocking::run("look at the paths of images", look).await
     }
 
-    /// Whether there is any image of several servers. Asks none.
-    pub async fn has_paths(&self) -> Result<bool> {
-        let (kernel, mark) = (Arc::clone(&self.kernel), self.mark.clone());
-        let look = move || Ok::<_, kernel::Error>(!kernel.multipath_devices(mark.tag())?.is_empty());
-        blocking::run("look for images of several servers", look).await
-    }
-
     /// What images of several servers stand on, by the first loop device of each: those that this process has attached, and those `published`
-    /// by an earlier one.
+    /// by an earlier one, which are asked for only where there are such.
     pub(super) async fn paths_in_use(
         &self,
-        published: Vec<(PathBuf, Published)>,
+        published: impl Future<Output = Result<Vec<(PathBuf, Published)>>>,
     ) -> Result<HashMap<u32, (Paths, Published)>> {
-        let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
         let attached = self.images.all().into_iter().filter_map(|attached| {
             let image = attached.replicated()?.clone();
             Some((attached.device.number(), Published { image, content: attached.content, namespace: None }))
         });
-        let attached: HashMap<_, _> = attached.collect();
+        let mut attached: HashMap<_, _> = attached.collect();
+        let (mut found, mut others) = (HashMap::new(), Vec::new());
+        for paths in self.all_paths().await? {
+            match attached.remove(&paths.first) {
+                Some(image) => drop(found.insert(paths.first, (paths, image))),
+                None => others.push(paths),
+            }
+        }
+        if others.is_empty() {
+            return Ok(found);
+        }
+        let published = published.await?;
+        let (kernel, mark, cache) = (Arc::clone(&self.kernel), self.mark.clone(), Arc::clone(&self.cache));
         let look = move || {
-            let (there, devices) =
-                (paths::all(&*kernel, mark.tag(), &cache)?, devices::all(&*kernel, mark.tag(), &cache)?);
-            let mounts = kernel.mounts()?;
+            let (devices, mounts) = (devices::all(&*kernel, mark.tag(), &cache)?, kernel.mounts()?);
             let below: HashMap<_, _> =
                 mounts.iter().map(|mount| (mount.mount_point.as_str(), loop_devices_of(mount))).collect();
-            let mut found = HashMap::new();
-            for paths in &there {
-                if let Some(image) = attached.get(&paths.first) {
-                    found.insert(paths.first, (paths.clone(), image.clone()));
-                }
-            }
             for (target, published) in published {
                 let numbers = target.to_str().and_then(|target| below.get(target)).into_iter().flatten();
                 let below = numbers.filter_map(|number| devices.iter().find(|device| device.number == *number));
                 for device in below.filter(|device| device.is_of(&published.image, published.content)) {
-                    if let Some(paths) = there.iter().find(|paths| paths.first == device.number) {
+                    if let Some(paths) = others.iter().find(|paths| paths.first == device.number) {
                         found.entry(paths.first).or_insert_with(|| (paths.clone(), published.clone()));
                     }
                 }
@@ -101,7 +97,11 @@ impl Preparer {
 
     /// Looks after the paths of published images: one whose server has its file again is a path again, a server without a path gets one, and
     /// the kernel goes back to the first once that has been well for a while. No server waits for another.
-    pub async fn tend_paths(self: &Arc<Self>, published: Vec<(PathBuf, Published)>, now: Instant) -> Result<()> {
+    pub async fn tend_paths(
+        self: &Arc<Self>,
+        published: impl Future<Output = Result<Vec<(PathBuf, Published)>>>,
+        now: Instant,
+    ) -> Result<()> {
         let there = self.paths_in_use(published).await?;
         lock(&self.trials).keep(|first| there.contains_key(&first));
         let tend = there.into_values().map(|(paths, published)| {
