@@ -226,3 +226,18 @@ async fn a_node_without_such_images_is_not_looked_at_often() {
     node.publish("v", &node.image(""), "p").await.unwrap();
     assert!(!node.volumes.give_up_paths_now(Instant::now()).await.unwrap());
 }
+
+#[tokio::test]
+async fn the_paths_of_what_an_earlier_process_published_are_looked_after() {
+    let mut node = Node::new().await;
+    node.publish("v", &image(&node), "p").await.unwrap();
+    let before = devices(&node).remove(0);
+    // What the mount of the pod holds.
+    let held = node.kernel.find_multipath_device(before.loop_device, &Tag::new("test.csi.dev")).unwrap();
+    node.restart();
+    node.kernel.fail_path(before.paths[0].device);
+    assert_eq!(failed(&node), [true, false]);
+    node.volumes.tend_paths_now(Instant::now()).await.unwrap();
+    assert_eq!(failed(&node), [false, false]);
+    drop(held);
+}
