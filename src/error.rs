@@ -134,6 +134,7 @@ fn class(subject: Subject, errno: Errno) -> Kind {
         | Errno::MEDIUMTYPE
         | Errno::BADMSG
         | Errno::NOTUNIQ
+        | Errno::SRCH
         | Errno::NODATA => Kind::FailedPrecondition,
         errno => match (subject, errno) {
             (Subject::Server | Subject::Image, Errno::NOENT) => Kind::NotFound,
@@ -141,6 +142,8 @@ fn class(subject: Subject, errno: Errno) -> Kind {
                 Kind::PermissionDenied
             }
             (Subject::Server | Subject::Image, Errno::ISDIR | Errno::NOTDIR) => Kind::FailedPrecondition,
+            // A mount over TLS whose server has none.
+            (Subject::Server, Errno::IO) => Kind::Unavailable,
             // Another mount has it in a way that this one cannot.
             (Subject::Server, Errno::BUSY) => Kind::FailedPrecondition,
             // Layers that lie in each other cannot be stacked.

@@ -302,10 +302,14 @@ impl Kernel for Double {
     fn super_options(&self, mount: &DetachedMount) -> Result<String> {
         let state = lock(&self.state);
         let mode = if state.ignores_read_only { "rw" } else { "ro" };
-        // `host:/path (nfs 4.2, ADDRESS)`
-        let address = mount.what().rsplit_once(", ").map_or("", |(_, address)| address.trim_end_matches(')'));
-        let merged = state.merged_with.as_ref().filter(|(_, version)| mount.what().contains(version));
-        Ok(format!("{mode},addr={}", merged.map_or(address, |(address, _)| address)))
+        // `host:/path (nfs 4.2, sec=krb5, ADDRESS)`
+        let (_, inside) = mount.what().rsplit_once('(').unwrap_or_default();
+        let words: Vec<_> = inside.trim_end_matches(')').split(", ").collect();
+        let [_version, protection @ .., address] = &words[..] else { return Ok(mode.to_owned()) };
+        Ok(match state.merged_with.as_ref().filter(|(_, merged)| mount.what().contains(merged)) {
+            Some((other, _)) => format!("{mode},sec=sys,addr={other}"),
+            None => format!("{mode},{},addr={address}", protection.join(",")),
+        })
     }
 
     fn restrict(&self, mount: &DetachedMount, attributes: MountAttrFlags) -> Result<()> {

@@ -3,6 +3,8 @@
 //! The kernel resolves no names: it wants the server's address as `addr=` and, for version 4, ours as `clientaddr=`.
 //! Version 3 gets `nolock`: nothing locks an image, so that neither rpc.statd nor a lock port is needed.
 
+mod protection;
+
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
@@ -84,9 +86,15 @@ impl Export {
         proto.and_then(|(_, value)| value.as_deref()).is_some_and(|value| value.starts_with("rdma"))
     }
 
-    /// The mount of the export from the server at `address`. [`explain`] has words for the errors of making it.
+    /// The export as it is mounted from the server at `address`: `host:/path (nfs 4.2, sec=krb5p, ADDRESS)`.
+    pub fn from(&self, address: IpAddr) -> String {
+        let protection: String = self.protection().iter().map(|option| format!("{option}, ")).collect();
+        format!("{self} (nfs {}, {protection}{address})", self.version)
+    }
+
+    /// The mount of the export from the server at `address`. [`Self::explain`] has words for the errors of making it.
     pub fn mount_from(&self, address: IpAddr) -> Result<NewMount> {
-        let what = format!("{self} (nfs {}, {address})", self.version);
+        let what = self.from(address);
         let fs_type = match self.version {
             Version::V3 => "nfs",
             Version::V4_0 | Version::V4_1 | Version::V4_2 => "nfs4",
@@ -98,12 +106,16 @@ impl Export {
             Version::V4_0 | Version::V4_1 | Version::V4_2 => {
                 let own = own_address(SocketAddr::new(address, self.port()));
                 let own = own.map_err(|errno| Error::new(format!("mount {what}"), errno).about(Subject::Server));
-                new.set("clientaddr", own.map_err(explain)?)
+                new.set("clientaddr", own.map_err(|error| self.explain(error))?)
             }
         };
         // The kernel gives a mount the superblock of another whose options differ in these alone, and with it the other's patience.
         if self.options.iter().any(|(key, _)| matches!(key.as_str(), "timeo" | "retrans")) {
             new = new.flag("nosharecache");
+        }
+        // Without it the kernel has a bug there, BUG() in nfs_init_timeout_values: it knows no such protocol for MOUNT (seen with 6.12).
+        if self.version == Version::V3 && self.is_tls() && self.option("mountproto").is_none() {
+            new = new.set("mountproto", if address.is_ipv6() { "tcp6" } else { "tcp" });
         }
         for (key, value) in &self.options {
             new = match value {
@@ -112,6 +124,15 @@ impl Export {
             };
         }
         Ok(if self.read_only { new.read_only() } else { new })
+    }
+
+    /// What to look at for the errors that mounts of it, and questions to its server, are known to end with.
+    pub fn explain(&self, error: Error) -> Error {
+        let hint = self.protection_hint(error.errno()).or_else(|| hint(error.errno()).map(str::to_owned));
+        match hint {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
     }
 }
 
@@ -126,9 +147,8 @@ pub fn set_read_ahead(mount: impl AsFd, kib: u32) -> Result<()> {
     std::fs::write(&path, kib.to_string()).doing(|| format!("write {path}"))
 }
 
-/// What to look at for the errors that NFS mounts are known to end with.
-pub fn explain(error: Error) -> Error {
-    let hint = match error.errno() {
+fn hint(errno: Errno) -> Option<&'static str> {
+    Some(match errno {
         Errno::CONNREFUSED => "is nfsd running there, and is its port open to this node?",
         Errno::CONNRESET => "the connection was closed without an answer: is nfsd running behind that address?",
         Errno::PROTO => "what answers there is no NFS server: is the port right?",
@@ -136,16 +156,15 @@ pub fn explain(error: Error) -> Error {
             "is the server up, and does the network let this node reach it?"
         }
         Errno::NOENT => "the server has no such export: compare with 'showmount -e' or /etc/exports there",
-        Errno::ACCESS | Errno::PERM => {
+        Errno::ACCESS => {
             "the server refuses this node: see the export's client list, and 'insecure' if the network translates ports"
         }
         Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => {
             "the server does not speak this NFS version: try another 'version', or enable it in the server's nfs.conf"
         }
         Errno::INVAL => "the kernel refuses an option: see its words, and nfs(5)",
-        _ => return error,
-    };
-    error.with_hint(hint)
+        _ => return None,
+    })
 }
 
 /// The address from which this node reaches `server`; no packet is sent.
@@ -203,6 +222,16 @@ mod tests {
         let v3 = "source=server:/images,vers=3,addr=127.0.0.1,nolock,nosharecache,hard,timeo=600";
         assert_eq!(options(&export).join(","), v3);
         assert_eq!(export.mount_from([127, 0, 0, 1].into()).unwrap().fs_type, "nfs");
+    }
+
+    #[test]
+    fn the_kernel_is_told_how_to_ask_for_an_export_of_nfs_3_over_tls() {
+        let mut export = export("server", &[("xprtsec", Some("tls"))]);
+        assert!(!options(&export).join(",").contains("mountproto"));
+        export.version = Version::V3;
+        assert!(options(&export).join(",").contains("nolock,mountproto=tcp,xprtsec=tls"));
+        export.options.push(("mountproto".into(), Some("tcp6".into())));
+        assert!(options(&export).join(",").ends_with("nolock,xprtsec=tls,mountproto=tcp6,ro"));
     }
 
     #[test]

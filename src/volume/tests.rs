@@ -216,6 +216,20 @@ async fn a_server_that_the_kernel_takes_for_another_one_is_mounted_by_another_mi
 }
 
 #[tokio::test]
+async fn what_the_kernel_would_read_by_a_connection_in_the_clear_is_mounted_by_another_minor_version_or_refused() {
+    let mut node = Node::new().await;
+    let spec = node.nfs_at("127.0.0.1", "/images").replace(r#""options":["#, r#""options":["xprtsec=tls","#);
+    node.kernel.merge_with("127.0.0.1", "4.2");
+    node.publish("v", &spec, "pod").await.unwrap();
+    let log = node.log();
+    assert!(log.iter().any(|line| line.contains("vers=4.1,addr=127.0.0.1") && line.contains("xprtsec=tls")), "{log:?}");
+    node.policy(r#"nfsVersions: ["4.2"]"#);
+    let error = node.publish("w", &spec, "other").await.unwrap_err();
+    assert_eq!(error.kind, Kind::FailedPrecondition);
+    assert!(error.message.contains("has already, with sec=sys, xprtsec=none"), "{error}");
+}
+
+#[tokio::test]
 async fn volumes_find_a_server_that_has_moved_and_those_that_run_keep_their_mount() {
     let mut node = Node::new().await;
     node.policy("servers: [{host: images, addresses: [127.0.0.8, 127.0.0.9]}]");

@@ -249,6 +249,10 @@ fn what_an_export_must_have_is_wanted_of_each() {
     let policy = "requiredNfsOptions: ['sec=krb5*', hard]";
     let with = |options: &str| format!(r#"{{"kind":"nfs","nfs":{{"host":"a","path":"/","options":[{options}]}}}}"#);
     assert_allowed(policy, &with(r#""sec=krb5p","hard""#));
+    let tls = "requiredNfsOptions: ['xprtsec=*tls']";
+    assert_allowed(tls, &with(r#""xprtsec=tls""#));
+    assert_allowed(tls, &with(r#""xprtsec=mtls""#));
+    assert!(check(tls, &with(r#""xprtsec=none""#)).is_err() && check(tls, &with("")).is_err());
     for options in [r#""sec=sys","hard""#, r#""sec=krb5""#, ""] {
         assert_denied(policy, &with(options), "/nfs/options");
     }

@@ -19,6 +19,7 @@ use crate::kernel::{self, Kernel};
 use crate::lock::lock;
 use crate::places::{self, Place, Places, Table};
 use crate::spec::policy::Policy;
+use crate::step::waiting_for;
 
 /// How long the kernel may take to mount an export of a server that answers, before another way to it is looked for.
 const LATE: Duration = Duration::from_secs(10);
@@ -158,7 +159,10 @@ impl Exports {
             Ok(Err(error)) if error.errno() == Some(Errno::NOTUNIQ) => Some(error),
             Ok(done) => return done,
             Err(_) if self.is_any_silent(export, address).await => None,
-            Err(_) => return first.await,
+            Err(_) => {
+                waiting_for(format!("mount {}", export.from(address)));
+                return first.await;
+            }
         };
         tracing::warn!(
             "mount {export} from {address} by NFS {}: the kernel knows this server by another address, and would ask that one",
@@ -221,7 +225,7 @@ impl Exports {
         addresses: &Arc<[IpAddr]>,
         until_done: Arc<()>,
     ) -> Result<OffThread<NfsMount>> {
-        let step = format!("mount {export} (nfs {}, {address})", export.version);
+        let step = format!("mount {}", export.from(address));
         // By address, whatever name a user has for the server.
         let places = Places::new(&self.places, address);
         let (export, kernel, mine) = (export.clone(), Arc::clone(&self.kernel), places.clone());

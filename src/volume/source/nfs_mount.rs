@@ -15,7 +15,7 @@ use crate::blocking;
 use crate::error::Result;
 use crate::kernel::image::ImageIdentity;
 use crate::kernel::mount::{self, DetachedMount, Symlinks, open_directory, open_directory_beneath};
-use crate::kernel::nfs::{self, Export};
+use crate::kernel::nfs::Export;
 use crate::kernel::{self, Doing, Kernel, Subject, in_namespace};
 use crate::lock::lock;
 use crate::places::Places;
@@ -47,7 +47,7 @@ impl NfsMount {
         kernel: Arc<dyn Kernel>,
     ) -> kernel::Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let mount = kernel.mount(export.mount_from(address)?).map_err(nfs::explain)?;
+        let mount = kernel.mount(export.mount_from(address)?).map_err(|error| export.explain(error))?;
         let directory = nfs_directory(COUNT.fetch_add(1, Ordering::Relaxed));
         let options = in_namespace(&*kernel, || {
             std::fs::create_dir(&directory).doing(|| format!("make directory {directory}"))?;
@@ -66,7 +66,7 @@ impl NfsMount {
         let mount = NfsMount { export, address, places, mount, read_only, kernel, directory };
         match address_in(&options) {
             Some(real) if !addresses.contains(&real) => Err(mount.passes_for(real)),
-            _ => Ok(mount),
+            _ => mount.export.check_protection(&options).map(|()| mount),
         }
     }
 
