@@ -13,6 +13,7 @@ pub mod node;
 pub mod readers;
 #[allow(unsafe_code, reason = "no safe wrapper covers ptrace(2)")]
 pub mod tracer;
+pub mod wire;
 
 use std::collections::HashMap;
 use std::fs;

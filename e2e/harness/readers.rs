@@ -36,6 +36,10 @@ impl Files {
         &self.tree
     }
 
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.digests.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Fails unless they are what is in `directory`.
     pub fn assert_in(&self, directory: &Path) {
         for (name, digest) in &*self.digests {

@@ -22,6 +22,7 @@ mod sif;
 mod story;
 mod strangers;
 mod verity;
+mod wire;
 
 /// The NFS server's IPv4 address.
 fn server() -> String {
