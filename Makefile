@@ -52,7 +52,7 @@ ARCHIVE = $(IMAGES)/csi-driver-squashfs-$(ARCH).tar
 ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
 # $(call archive,NAME,CONTAINERFILE,CONTEXT) writes NAME-ARCH.tar into $(IMAGES).
 BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/$(IMAGES)/storage --runroot $(CURDIR)/$(IMAGES)/run
-archive = version=$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml); image=ghcr.io/csi-driver-squashfs/$(1):$$version; \
+archive = version=$$(release/version); image=ghcr.io/csi-driver-squashfs/$(1):$$version; \
 	$(BUILDAH) build --quiet --timestamp 0 --arch $(ARCH) --build-arg VERSION=$$version --tag $$image --file $(2) $(3) && \
 	$(BUILDAH) push --quiet $$image oci-archive:$(IMAGES)/$(1)-$(ARCH).tar:$$image && \
 	$(SUDO) rm -rf $(IMAGES)/storage $(IMAGES)/run && ls -l $(IMAGES)
@@ -70,6 +70,12 @@ builder-image: tools builder ## build the container image of the program that ma
 	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
 	builder/root $(IMAGES)/root $(BUILT)/csi-driver-squashfs-build
 	$(call archive,csi-driver-squashfs-build,builder/Containerfile,$(IMAGES)/root)
+
+# The version is that of Cargo.toml; release/version knows where else it stands.
+.PHONY: version
+version: ## write another version wherever it stands: make version VERSION=1.2.3
+	release/version set $(VERSION)
+	release/version check
 
 .PHONY: demo
 demo: client ## show the main job on real parts, in a virtual machine
@@ -234,7 +240,8 @@ bench: client ## measure against the tools that users would pick, in the virtual
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
 
 .PHONY: lint
-lint: tools cargo-deny advisories ## check format, lints, licences and advisories, shell scripts
+lint: tools cargo-deny advisories ## check format, lints, licences and advisories, shell scripts, the version
+	release/version check
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	cargo deny --locked check licenses bans sources

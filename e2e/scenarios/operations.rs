@@ -129,7 +129,7 @@ fn the_metrics_say_what_the_node_has_and_what_it_did() {
     driver.stage(&other).unwrap_err();
 
     for (name, value) in [
-        ("build_info{version=\"0.1.0\"}", 1.0),
+        (concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
         ("staged_volumes", 1.0),
         ("published_volumes", 2.0),
         ("loop_devices", 1.0),
