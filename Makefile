@@ -67,6 +67,7 @@ BUILDER_ARCHIVE = target/builder-image/csi-driver-squashfs-build-$(ARCH).tar
 .PHONY: builder-image
 builder-image: IMAGES = target/builder-image
 builder-image: tools builder ## build the container image of the program that makes images, with tar2sqfs in it
+	@[ "$$(dpkg --print-architecture)" = $(ARCH) ] || { echo "$@: tar2sqfs is this machine's, which is not $(ARCH): run it on one that is"; exit 1; }
 	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
 	builder/root $(IMAGES)/root $(BUILT)/csi-driver-squashfs-build
 	$(call archive,csi-driver-squashfs-build,builder/Containerfile,$(IMAGES)/root)
@@ -76,6 +77,49 @@ builder-image: tools builder ## build the container image of the program that ma
 version: ## write another version wherever it stands: make version VERSION=1.2.3
 	release/version set $(VERSION)
 	release/version check
+
+# What .github/workflows/release.yml uploads; RELEASING.md has the rest. That runs the first part on a machine of each architecture.
+RELEASE = target/release-$(shell release/version)
+.PHONY: release
+release: release-check ## build all that a release uploads, for this architecture, into target/release-VERSION; uploads nothing
+	rm -rf $(RELEASE)
+	$(MAKE) --no-print-directory release-programs
+	$(MAKE) --no-print-directory release-chart
+
+.PHONY: release-check
+release-check:
+	@changes=$$(git status --porcelain); [ -z "$$changes" ] || { printf 'release: not all is committed:\n%s\n' "$$changes"; exit 1; }
+	@tag=$$(git describe --tags --exact-match --match 'v*') && release/version check "$$tag"
+	@release/notes "$$(release/version)" >/dev/null
+
+.PHONY: release-programs
+release-programs: image builder-image cargo-cyclonedx
+	mkdir -p $(RELEASE)
+	cp $(ARCHIVE) $(BUILDER_ARCHIVE) $(RELEASE)
+	for program in csi-driver-squashfs csi-driver-squashfs-build; do cp $(BUILT)/$$program $(RELEASE)/$$program-linux-$(ARCH); done
+	release/sbom csi-driver-squashfs $(CARGO_BUILD_TARGET) >$(RELEASE)/csi-driver-squashfs-linux-$(ARCH).cdx.json
+	release/sbom csi-driver-squashfs-build $(CARGO_BUILD_TARGET) target/builder-image/root >$(RELEASE)/csi-driver-squashfs-build-linux-$(ARCH).cdx.json
+
+.PHONY: release-chart
+release-chart: target/tools/helm
+	@# Helm writes down the times of files: so they are those of the commit, and the archive is the same when it is made again.
+	find charts/csi-driver-squashfs -type f -exec touch --date=@$$(git log -1 --format=%ct) {} +
+	target/tools/helm package charts/csi-driver-squashfs --destination $(RELEASE)
+	cp manifests/csi-driver-squashfs.yaml $(RELEASE)
+	release/notes "$$(release/version)" >$(RELEASE)/notes.md
+	cd $(RELEASE) && sha256sum csi-driver-squashfs* >SHA256SUMS && cat SHA256SUMS
+
+# With the credentials of `docker login`. PUBLISH_TO=localhost:5000/try PLAIN_HTTP=1 shows what comes of it.
+PUBLISH_TO = ghcr.io/csi-driver-squashfs
+.PHONY: release-publish
+release-publish: target/tools/helm
+	$(SUDO) env HOME=$(HOME) PATH=$(CURDIR)/target/tools:$$PATH release/publish $(if $(PLAIN_HTTP),--plain-http) $(RELEASE) "$$(release/version)" $(PUBLISH_TO)
+
+# By the identity of the workflow that runs it, without a key.
+.PHONY: release-sign
+release-sign:
+	awk '{ print $$2 "@" $$3 }' $(RELEASE)/published | xargs -n 1 cosign sign --yes --recursive
+	cosign sign-blob --yes --bundle $(RELEASE)/SHA256SUMS.sigstore.json $(RELEASE)/SHA256SUMS
 
 .PHONY: demo
 demo: client ## show the main job on real parts, in a virtual machine
@@ -277,3 +321,8 @@ tools: ## install what the tests and lints need
 .PHONY: cargo-deny
 cargo-deny:
 	@cargo deny --version >/dev/null 2>&1 || cargo install --debug --locked cargo-deny
+
+# It has no say in what is built, and it is not there for that long.
+.PHONY: cargo-cyclonedx
+cargo-cyclonedx:
+	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --debug --locked cargo-cyclonedx
