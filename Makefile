@@ -200,6 +200,12 @@ $(PROGRAMS) &: e2e/programs/go.mod
 	$(call GO_BUILD) -o $(CURDIR)/$(@D)/ tool
 	touch $(PROGRAMS)
 
+target/tools/actionlint: private ring = actionlint
+target/tools/actionlint: e2e/lint/go.mod
+	$(GO_FETCH)
+	$(call GO_BUILD) -o $(CURDIR)/$(@D)/ tool
+	touch $@
+
 # It is made of the libraries of Kubernetes. Builds at the same time would compile twice what they share.
 target/tools/helm: private ring = helm
 target/tools/helm: e2e/kubernetes/go.mod | $(PROGRAMS)
@@ -284,7 +290,7 @@ bench: client ## measure against the tools that users would pick, in the virtual
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
 
 .PHONY: lint
-lint: tools cargo-deny advisories ## check format, lints, licences and advisories, shell scripts, the version
+lint: tools cargo-deny advisories target/tools/actionlint ## check format, lints, licences and advisories, shell scripts, workflows, the version (needs Go)
 	release/version check
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -293,6 +299,7 @@ lint: tools cargo-deny advisories ## check format, lints, licences and advisorie
 	other=$$(comm -23 <($$tree normal | sort -u) <($$tree normal,dev | sort -u)); \
 	[ -z "$$other" ] || { printf 'tests compile these with other features, so what they test is not what is shipped:\n%s\n' "$$other"; exit 1; }
 	shellcheck -x $$(git grep --untracked -lE '^(#!/bin/(ba)?sh|# shellcheck shell=bash)$$')
+	target/tools/actionlint
 
 # The database comes from a git server that not every network reaches.
 .PHONY: advisories
