@@ -1,5 +1,6 @@
 //! The command line: its subcommands, flags and environment variables.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -278,6 +279,20 @@ pub enum Command {
         container_image: String,
         #[command(flatten)]
         policy: PolicyFile,
+    },
+    /// Run a command with a directory as its root, and what this container has around it: /proc, /dev, the pod's volumes and names
+    Enter {
+        /// For systemd: give it control groups of its own to write to, and tell it that it is in a container
+        #[arg(long)]
+        systemd: bool,
+        /// Leave the command the capability SYS_ADMIN, which it takes to mount all this
+        #[arg(long)]
+        keep_sys_admin: bool,
+        /// The directory: a volume with a root file system
+        directory: PathBuf,
+        /// The command, which replaces this process, and its arguments
+        #[arg(required = true, last = true)]
+        command: Vec<OsString>,
     },
     /// Print the volumes of this node, down to loop device, image and export
     Status {

@@ -9,6 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("spec", &[]),
     ("lock", &[]),
     ("metrics", &["lock"]),
+    ("enter", &["kernel"]),
     ("error", &["kernel", "spec"]),
     ("step", &["lock"]),
     ("blocking", &["error", "kernel", "lock", "metrics", "step"]),

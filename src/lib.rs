@@ -7,6 +7,7 @@
 //! ```text
 //! csi, ops -> volume -> volume::report -> volume::source -> volume::cache -> kernel, spec
 //! csi, ops -> kubernetes -> spec
+//! enter -> kernel
 //! ```
 //!
 //! `spec` and `kernel` know nobody. `error`, `step`, `blocking`, `places`, `single_flight`, `lock` and `metrics` lie below them all: there an
@@ -25,11 +26,13 @@
 //! | a field of a CSI message, a gRPC code | [`csi`] |
 //! | the API server, the kubelet's plugin registry, a Kubernetes object | [`kubernetes`] |
 //! | what an operator sees: health, metrics, the doctor, what lies on a server | [`ops`] |
+//! | what a command in an image as its root has around it | `enter.rs` |
 //! | a flag or a subcommand; those of `kubectl squashfs` | `cli.rs`, `main.rs`; `plugin.rs` |
 //! | making images of container images, tars and directories | the crate in `builder`, a program of its own |
 
 mod blocking;
 pub mod csi;
+pub mod enter;
 mod error;
 #[cfg(test)]
 mod imports;

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
+use csi_driver_squashfs::enter::{self, Entered};
 use csi_driver_squashfs::kernel::{Linux, verity};
 use csi_driver_squashfs::kubernetes::Cluster;
 use csi_driver_squashfs::kubernetes::build::JobTemplate;
@@ -43,6 +44,10 @@ type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 fn main() -> ExitCode {
     let cli = Cli::parse_from(plugin::arguments(std::env::args_os()));
     start_log(&cli.global);
+    // Before there is a runtime: the command gets this process.
+    if let Command::Enter { directory, command, systemd, keep_sys_admin } = cli.command {
+        return enter(&Entered { directory, command, systemd, keep_sys_admin });
+    }
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -78,6 +83,7 @@ async fn run(cli: Cli) -> Outcome {
                 Surroundings { driver_name: name, namespace: &namespace, container_image: &container_image };
             convert(&container, &policy, &surroundings)
         }
+        Command::Enter { .. } => unreachable!("it is done before there is a runtime"),
         Command::Status { output, cache_dir, data_dir } => show_status(name, &data_dir, &cache_dir, output),
         Command::Commit { target, data_dir } => commit(&data_dir.path(name), &target),
         Command::Move { old, new } => Ok(moved::move_server(old, &new, |moved| println!("{moved}")).await?),
@@ -219,6 +225,12 @@ fn convert(file: &Path, policy: &PolicyFile, surroundings: &Surroundings) -> Out
     warn(&converted.notes);
     print!("{}", converted.documents);
     Ok(())
+}
+
+fn enter(entered: &Entered) -> ExitCode {
+    let Err(failure) = enter::enter(entered, |warning| warn(&[warning]));
+    eprintln!("csi-driver-squashfs: {failure}");
+    ExitCode::from(failure.status)
 }
 
 fn show_status(driver_name: &str, data_dir: &DataDir, cache_dir: &CacheDir, output: Output) -> Outcome {

@@ -5,6 +5,7 @@ mod harness;
 
 mod commit;
 mod connections;
+mod enter;
 mod history;
 mod hung;
 mod killed;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "system calls that no safe wrapper covers")]
 
 pub mod boot;
+pub mod capabilities;
 pub mod device_mapper;
 #[cfg(test)]
 pub mod double;
@@ -20,6 +21,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod mountstats;
 pub mod namespace;
+pub mod new_root;
 pub mod nfs;
 pub mod overlay;
 pub mod page_cache;
