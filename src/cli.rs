@@ -274,8 +274,8 @@ pub enum Command {
         /// The namespace of the pod and its claim
         #[arg(long, default_value = "default")]
         namespace: String,
-        /// The container image that starts the command by chroot(1)
-        #[arg(long, default_value = "debian:13")]
+        /// The driver's own container image: it makes the volume the command's root, by `enter`
+        #[arg(long, default_value = concat!("ghcr.io/csi-driver-squashfs/csi-driver-squashfs:", env!("CARGO_PKG_VERSION")))]
         container_image: String,
         #[command(flatten)]
         policy: PolicyFile,

@@ -1,11 +1,12 @@
 //! From a container of the Kraken ImageAPI to the objects that run the same in a cluster: a PersistentVolume with the container's
-//! mount, a claim for it, and a Pod that runs the container's command inside of it.
+//! mount, a claim for it, and a Pod that runs the container's command with it as its root.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    CSIPersistentVolumeSource, Container, ObjectReference, PersistentVolume, PersistentVolumeClaim,
-    PersistentVolumeClaimSpec, PersistentVolumeClaimVolumeSource, PersistentVolumeSpec, Pod, PodSpec, Volume,
+    AppArmorProfile, CSIPersistentVolumeSource, Capabilities, Container, EnvVar, ExecAction, Lifecycle,
+    LifecycleHandler, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec,
+    PersistentVolumeClaimVolumeSource, PersistentVolumeSpec, Pod, PodSpec, SeccompProfile, SecurityContext, Volume,
     VolumeMount, VolumeResourceRequirements,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -20,11 +21,17 @@ use crate::spec::{MOUNT_SPEC, SpecError, json};
 /// Where the pod sees the image.
 const MOUNT_PATH: &str = "/image";
 
+/// Where Debian and its like have programs. The driver's container image has none of these directories, and says so in its own PATH.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// systemd gives each service 90 seconds to stop; Kubernetes gives a pod 30.
+const SYSTEMD_GRACE: i64 = 120;
+
 /// What the container does not say.
 pub struct Surroundings<'a> {
     pub driver_name: &'a str,
     pub namespace: &'a str,
-    /// The container image whose `chroot` starts the command.
+    /// The driver's, whose `enter` makes the volume the command's root.
     pub container_image: &'a str,
 }
 
@@ -70,10 +77,16 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
         .ok_or_else(|| invalid("command: is empty, or has a quote without its end".into()))?;
     let spec: Value = serde_json::from_str(container.mount.get()).map_err(|error| invalid(error.to_string()))?;
 
-    notes.push(format!("command: it runs in a chroot at {MOUNT_PATH}, without /proc, /dev and the pod's resolv.conf"));
+    notes.push(
+        "command: the pod has the capability SYS_ADMIN to make the image its root, and the command has not: Pod Security Standards allow \
+         that in a namespace of the level privileged"
+            .into(),
+    );
     if container.systemd {
-        notes
-            .push("systemd: the pod runs the command as any other; systemd itself needs a privileged container".into());
+        notes.push(
+            "systemd: the pod is stopped by 'systemctl poweroff' of the image, as systemd does not end at SIGTERM"
+                .into(),
+        );
     }
     if container.state.as_deref() == Some("created") {
         notes.push("state: a pod runs as soon as it is created".into());
@@ -87,6 +100,7 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
         // Pretty, because it is for people to read on.
         spec: format!("{spec:#}\n"),
         command,
+        systemd: container.systemd,
         surroundings,
     };
     let documents = objects.yaml().map_err(|error| invalid(format!("write YAML: {error}")))?;
@@ -98,6 +112,7 @@ struct Objects<'a> {
     mode: &'static str,
     spec: String,
     command: Vec<String>,
+    systemd: bool,
     surroundings: &'a Surroundings<'a>,
 }
 
@@ -158,24 +173,52 @@ impl Objects<'_> {
     }
 
     fn pod(&self) -> Pod {
-        let chroot = ["chroot", MOUNT_PATH].map(str::to_owned);
-        let mount = VolumeMount { name: "image".into(), mount_path: MOUNT_PATH.into(), ..Default::default() };
-        let container = Container {
-            name: self.name.clone(),
-            image: Some(self.surroundings.container_image.to_owned()),
-            command: Some(chroot.into_iter().chain(self.command.iter().cloned()).collect()),
-            volume_mounts: Some(vec![mount]),
-            ..Default::default()
-        };
         let claim = PersistentVolumeClaimVolumeSource { claim_name: self.name.clone(), ..Default::default() };
         let volume = Volume { name: "image".into(), persistent_volume_claim: Some(claim), ..Default::default() };
         let spec = PodSpec {
-            containers: vec![container],
+            containers: vec![self.container()],
             restart_policy: Some("Never".into()),
+            termination_grace_period_seconds: self.systemd.then_some(SYSTEMD_GRACE),
             volumes: Some(vec![volume]),
             ..Default::default()
         };
         Pod { metadata: self.metadata(), spec: Some(spec), status: None }
+    }
+
+    fn container(&self) -> Container {
+        let enter = ["/csi-driver-squashfs", "enter"].into_iter().chain(self.systemd.then_some("--systemd"));
+        let enter = enter.chain([MOUNT_PATH, "--"]).map(str::to_owned);
+        // Kubernetes replaces $(NAME) in a command, and takes $$ for a dollar.
+        let command = self.command.iter().map(|word| word.replace('$', "$$"));
+        let mount = VolumeMount { name: "image".into(), mount_path: MOUNT_PATH.into(), ..Default::default() };
+        let path = EnvVar { name: "PATH".into(), value: Some(PATH.into()), ..Default::default() };
+        Container {
+            name: self.name.clone(),
+            image: Some(self.surroundings.container_image.to_owned()),
+            command: Some(enter.chain(command).collect()),
+            env: Some(vec![path]),
+            lifecycle: self.systemd.then(power_off),
+            security_context: Some(may_mount()),
+            volume_mounts: Some(vec![mount]),
+            ..Default::default()
+        }
+    }
+}
+
+/// What systemd is asked instead of the SIGTERM by which Kubernetes stops a container, and which tells systemd to start itself anew.
+fn power_off() -> Lifecycle {
+    let command = Some(vec!["systemctl".into(), "poweroff".into()]);
+    let stop = LifecycleHandler { exec: Some(ExecAction { command }), ..Default::default() };
+    Lifecycle { pre_stop: Some(stop), ..Default::default() }
+}
+
+/// What `enter` needs, which gives the capability up. The runtime's seccomp profile lets who has it mount; its AppArmor profile nobody.
+fn may_mount() -> SecurityContext {
+    SecurityContext {
+        app_armor_profile: Some(AppArmorProfile { type_: "Unconfined".into(), ..Default::default() }),
+        capabilities: Some(Capabilities { add: Some(vec!["SYS_ADMIN".into()]), drop: None }),
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), ..Default::default() }),
+        ..Default::default()
     }
 }
 
@@ -192,7 +235,7 @@ mod tests {
     use super::*;
 
     const SURROUNDINGS: Surroundings =
-        Surroundings { driver_name: "squashfs.csi.dev", namespace: "default", container_image: "busybox" };
+        Surroundings { driver_name: "squashfs.csi.dev", namespace: "default", container_image: "driver" };
 
     fn container(fields: &str) -> String {
         let mount = include_str!("../spec/testdata/nfs-loopback.json");
@@ -212,9 +255,42 @@ mod tests {
         let given: Value = serde_json::from_str(include_str!("../spec/testdata/nfs-loopback.json")).unwrap();
         assert_eq!(serde_json::from_str::<Value>(&attributes["mountSpec"]).unwrap(), given);
         assert_eq!(claim.spec.unwrap().access_modes.unwrap(), ["ReadWriteMany"]);
-        let container = &pod.spec.unwrap().containers[0];
-        assert_eq!(container.command.as_ref().unwrap()[2..], ["/sbin/init", "--name", "a b"]);
-        assert_eq!(container.name, "image-sqsh");
+        let spec = pod.spec.unwrap();
+        let container = &spec.containers[0];
+        let enter = ["/csi-driver-squashfs", "enter", "--systemd", "/image", "--"];
+        let command = container.command.as_ref().unwrap();
+        assert_eq!(
+            (&command[..5], &command[5..]),
+            (&enter.map(str::to_owned)[..], &["/sbin/init", "--name", "a b"].map(str::to_owned)[..])
+        );
+        assert_eq!((container.name.as_str(), container.image.as_deref()), ("image-sqsh", Some("driver")));
+        assert_eq!(spec.termination_grace_period_seconds, Some(SYSTEMD_GRACE));
+        let stop = container.lifecycle.as_ref().unwrap().pre_stop.as_ref().unwrap().exec.as_ref().unwrap();
+        assert_eq!(stop.command.as_ref().unwrap()[..], ["systemctl", "poweroff"]);
+    }
+
+    fn container_of(text: &str) -> Container {
+        let documents = convert(text, &Policy::default(), &SURROUNDINGS).unwrap().documents;
+        let pod: Pod = serde_yaml_ng::from_str(documents.split("---\n").last().unwrap()).unwrap();
+        pod.spec.unwrap().containers.remove(0)
+    }
+
+    #[test]
+    fn no_pod_is_privileged_and_one_without_systemd_ends_as_others_do() {
+        for (fields, stopped) in [(r#", "systemd": true"#, true), ("", false)] {
+            let container = container_of(&self::container(fields));
+            assert_eq!(container.lifecycle.is_some(), stopped);
+            let security = container.security_context.unwrap();
+            assert_eq!(security.privileged, None);
+            assert_eq!(security.capabilities.unwrap().add.unwrap(), ["SYS_ADMIN"]);
+            assert_eq!(security.seccomp_profile.unwrap().type_, "RuntimeDefault");
+        }
+    }
+
+    #[test]
+    fn kubernetes_replaces_nothing_in_a_command() {
+        let container = container_of(&container("").replace("/sbin/init --name 'a b'", "/bin/sh -c 'echo $$ $(HOME)'"));
+        assert_eq!(container.command.unwrap().last().unwrap(), "echo $$$$ $$(HOME)");
     }
 
     #[test]
