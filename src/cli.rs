@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::Resettable;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use csi_driver_squashfs::csi::Endpoint;
 use csi_driver_squashfs::spec::quantity;
 use csi_driver_squashfs::volume::{Bounds, CacheConfig, PrefetchConfig};
@@ -18,6 +19,20 @@ pub struct Cli {
     pub command: Command,
     #[command(flatten)]
     pub global: Global,
+}
+
+/// Ends the process where the arguments are none of this program's, as clap does. The environment of `enter` is its command's, which may mean
+/// something else by LOG_LEVEL.
+pub fn parse(arguments: Vec<OsString>) -> Cli {
+    read(arguments).unwrap_or_else(|error| error.exit())
+}
+
+fn read(arguments: Vec<OsString>) -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    if arguments.get(1).is_some_and(|name| name == "enter") {
+        command = command.mut_args(|argument| argument.env(Resettable::Reset));
+    }
+    Cli::from_arg_matches(&command.try_get_matches_from(arguments)?)
 }
 
 #[derive(Args)]
@@ -450,8 +465,6 @@ fn driver_name(name: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-
-    use clap::CommandFactory;
 
     use super::*;
 

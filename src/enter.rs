@@ -157,12 +157,17 @@ fn carried(mounts: &[MountInfo], directory: &Path) -> BTreeSet<PathBuf> {
 fn look_at_cgroups() -> Result<(), Failure> {
     let path = "/proc/self/cgroup";
     let text = std::fs::read_to_string(path).doing(|| format!("read {path}"))?;
-    if text.lines().any(|line| line == "0::/") {
+    if are_its_own(&text) {
         return Ok(());
     }
     let hint = "systemd needs a cgroup namespace of its own, with control groups of version 2: a container has one there unless it is \
                 privileged";
     Err(Error::new("mount the control groups of the container", Errno::INVAL).with_hint(hint).into())
+}
+
+/// Whether the process is at the root of all that its cgroup namespace shows it of version 2 (cgroup_namespaces(7)).
+fn are_its_own(cgroups: &str) -> bool {
+    cgroups.lines().any(|line| line == "0::/")
 }
 
 fn explain(path: &Path, directory: &Path, errno: Errno) -> Error {
@@ -232,6 +237,13 @@ mod tests {
     fn what_is_mounted_in_the_image_and_what_the_image_lies_in_is_not_carried() {
         let points = ["/", "/volume", "/volume/root/data", "/volume/other", "/volumes"];
         assert_eq!(carried_from(&points, "/volume/root"), ["/volume/other", "/volumes"]);
+    }
+
+    #[test]
+    fn control_groups_are_a_container_s_own_where_it_is_at_their_root() {
+        assert!(are_its_own("0::/\n"));
+        assert!(!are_its_own("0::/kubepods/besteffort/pod1/2\n"));
+        assert!(!are_its_own("4:memory:/\n1:cpu:/\n"));
     }
 
     #[test]

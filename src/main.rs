@@ -12,7 +12,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser;
 use csi_driver_squashfs::csi::{self, Controller, Identity, Node};
 use csi_driver_squashfs::enter::{self, Entered};
 use csi_driver_squashfs::kernel::{Linux, verity};
@@ -42,7 +41,7 @@ use cli::{
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(plugin::arguments(std::env::args_os()));
+    let cli = cli::parse(plugin::arguments(std::env::args_os()));
     start_log(&cli.global);
     // Before there is a runtime: the command gets this process.
     if let Command::Enter { directory, command, systemd, keep_sys_admin } = cli.command {

@@ -85,11 +85,14 @@ fn the_command_is_the_process_and_its_end_is_the_process_s_end() {
     let pod = Pod::new();
     assert_eq!(pod.run("exit 7").status.code(), Some(7));
     assert_eq!(pod.run("kill -KILL $$").status.signal(), Some(9));
-    let script = "trap 'exit 9' TERM; echo $$ $KEPT $PWD; while :; do sleep 0.1; done";
-    let mut process = pod.command(&[], script).env("KEPT", "kept").stdout(Stdio::piped()).spawn().unwrap();
+    let script = "trap 'exit 9' TERM; echo $$ $KEPT $LOG_LEVEL $PWD; while :; do sleep 0.1; done";
+    let mut process = pod.command(&[], script);
+    // Also what this program reads for itself otherwise, and would not take.
+    process.env("KEPT", "kept").env("LOG_LEVEL", "all").env("DRIVER_NAME", "");
+    let mut process = process.stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert_eq!(line, format!("{} kept /\n", process.id()));
+    assert_eq!(line, format!("{} kept all /\n", process.id()));
     run("kill", &[&process.id().to_string()]);
     assert_eq!(process.wait().unwrap().code(), Some(9));
 }
