@@ -11,8 +11,8 @@ use super::parameters::parse_attributes;
 use super::policy::Policy;
 use super::replicas::MAX_SERVERS;
 use super::{
-    Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json, options,
-    schema, template, text,
+    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json,
+    options, schema, template, text,
 };
 
 /// The JSON form of a mount, which the driver itself never writes.
@@ -97,7 +97,9 @@ fn replicated() -> impl Strategy<Value = Mount> {
 
 /// Any mount without an overlay.
 fn layer() -> impl Strategy<Value = Mount> {
-    prop_oneof![3 => nfs().boxed(), 1 => replicated().boxed()].prop_recursive(5, 8, 1, |inner| {
+    // Up to three of these lie in `replicated`, and all of them in an overlay.
+    let depth = MAX_DEPTH as u32 - 4;
+    prop_oneof![3 => nfs().boxed(), 1 => replicated().boxed()].prop_recursive(depth, 8, 1, |inner| {
         let base = prop_oneof![inner.prop_map(|mount| Base::Mount(Box::new(mount))), Just(Base::Root),];
         let path = "[a-z]{1,5}(/[a-z]{1,5}){0,2}";
         prop_oneof![
