@@ -66,7 +66,7 @@ pub struct DataDir {
 impl Mounting {
     /// For what mounts nothing.
     pub fn nothing(data_dir: DataDir, timeout: Timeout) -> Self {
-        Mounting { data_dir, timeout, host_root: "/".into(), nfs_read_ahead: None }
+        Mounting { data_dir, timeout, host_root: "/".into(), nfs_read_ahead: None, zone: None }
     }
 }
 
@@ -89,6 +89,9 @@ pub struct Mounting {
     /// takes them [default: the kernel's, 128]
     #[arg(long, env = "NFS_READ_AHEAD", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=65536))]
     pub nfs_read_ahead: Option<u32>,
+    /// The node's zone: of several servers of an image, those to which the policy gives the same one are asked first. None where it is empty
+    #[arg(long, env = "ZONE")]
+    pub zone: Option<String>,
     #[command(flatten)]
     pub timeout: Timeout,
 }

@@ -350,6 +350,7 @@ fn volumes(
         driver_name: driver_name.to_owned(),
         host_root: mounting.host_root,
         nfs_read_ahead: mounting.nfs_read_ahead,
+        zone: mounting.zone.filter(|zone| !zone.is_empty()),
         cache,
         prefetch,
         timeout: Duration::from_secs(mounting.timeout.seconds),

@@ -334,6 +334,22 @@ fn pods_end_in_time_and_leave_nothing_whichever_server_is_dead() {
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn a_node_reads_from_the_server_of_its_zone() {
+    let servers = NfsServer::two();
+    let files = replicate(servers, "near.sqsh");
+    for near in servers {
+        let policy = format!("servers: [{{host: {}, zone: here}}, {{host: '*', zone: there}}]", near.address());
+        let driver = start_with(&["--zone=here"], Some(&policy));
+        let volume = volume("v", servers, "near.sqsh", &[]);
+        let target = driver.mount(&volume, "pod").unwrap();
+        assert_eq!(in_use(servers, &target, &files)[0], near);
+        driver.unmount(&volume, "pod");
+        driver.assert_nothing_left();
+    }
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn volumes_of_the_same_image_share_one_device() {
     let servers = NfsServer::two();
     let files = replicate(servers, "shared.sqsh");

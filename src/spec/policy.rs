@@ -166,6 +166,12 @@ impl Policy {
         addresses.map_or_else(|| vec![host], |addresses| addresses.iter().map(String::as_str).collect())
     }
 
+    /// The zone of a server that volumes name `host`, where the admin says one.
+    pub fn zone(&self, host: &str) -> Option<&str> {
+        let mut servers = self.servers.iter().flatten().filter(|server| names_host(&server.host, host));
+        servers.find_map(|server| server.zone.as_deref())
+    }
+
     /// Splits the path of an export that the policy allows into what the admin named and the rest, which a user named, and below which a
     /// user may have made symlinks. The rest is empty where the policy limits no paths of this server.
     pub fn split<'a>(&self, host: &str, path: &'a str) -> (&'a str, &'a str) {
@@ -303,10 +309,14 @@ impl Policy {
             if !namespaces.policy.namespaces.is_empty() {
                 return Err(invalid(&format!("{at}/policy/namespaces"))("is only for the outermost policy".into()));
             }
-            let mut servers = namespaces.policy.servers.iter().flatten();
-            if let Some(index) = servers.position(|server| server.addresses.is_some()) {
-                let at = format!("{at}/policy/servers/{index}/addresses");
-                return Err(invalid(&at)("is only for the outermost policy: a name means one server on a node".into()));
+            for (index, server) in namespaces.policy.servers.iter().flatten().enumerate() {
+                for (field, is_there) in [("addresses", server.addresses.is_some()), ("zone", server.zone.is_some())] {
+                    if is_there {
+                        let at = format!("{at}/policy/servers/{index}/{field}");
+                        let message = "is only for the outermost policy: a name means one server on a node";
+                        return Err(invalid(&at)(message.into()));
+                    }
+                }
             }
             namespaces.policy.validate(&format!("{at}/policy"))?;
         }

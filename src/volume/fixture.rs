@@ -214,6 +214,7 @@ fn start(
         data_dir: directory.join("data"),
         host_root: directory.join("host"),
         nfs_read_ahead: None,
+        zone: None,
         cache: Some(CacheConfig {
             directory: directory.join("cache"),
             bounds: Bounds { quota: 1 << 20, min_free: 1 },

@@ -85,7 +85,7 @@ use in_flight::{InFlight, Key, Lease, Request};
 use record::{Record, Records};
 use report::Report;
 use source::mark::Mark;
-use source::{Known, Learned, Prefetcher, Prepared, Preparer, Published};
+use source::{Known, Learned, Node, Prefetcher, Prepared, Preparer, Published};
 
 /// How long the answer to an unstage or unpublish waits for the kernel to let go of what nobody uses any more.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -108,6 +108,8 @@ pub struct Config {
     pub host_root: PathBuf,
     /// How many KiB the kernel reads ahead in files of NFS exports; `None` leaves that to the kernel.
     pub nfs_read_ahead: Option<u32>,
+    /// The node's zone, as the policy calls those of servers, where it is known.
+    pub zone: Option<String>,
     /// How copies of images are kept; `None` for a process that keeps none.
     pub cache: Option<CacheConfig>,
     /// How much of images is read ahead.
@@ -138,7 +140,8 @@ impl Volumes {
     /// Makes the data directory.
     pub fn new(config: Config, kernel: Arc<dyn Kernel>) -> Result<Arc<Self>> {
         blocking::start_releasing();
-        let Config { driver_name, data_dir, host_root, nfs_read_ahead, cache, prefetch, policy, timeout } = config;
+        let Config { driver_name, data_dir, host_root, nfs_read_ahead, zone, cache, prefetch, policy, timeout } =
+            config;
         let mark = Mark::new(&driver_name);
         let records = Records::new(&data_dir)?;
         let cache = match cache {
@@ -147,7 +150,8 @@ impl Volumes {
         };
         let prefetcher = Prefetcher::new(prefetch, Learned::new(&data_dir.join("learned")));
         let (cache, kernel_too) = (Arc::new(cache), Arc::clone(&kernel));
-        let preparer = Preparer::new(kernel_too, policy, mark.clone(), &host_root, nfs_read_ahead, cache, prefetcher)?;
+        let node = Node { host_root: &host_root, read_ahead: nfs_read_ahead, zone };
+        let preparer = Preparer::new(kernel_too, policy, mark.clone(), node, cache, prefetcher)?;
         let preparer = Arc::new(preparer);
         Ok(Arc::new(Volumes {
             report: Report::new(Arc::clone(&kernel), mark.clone(), Arc::clone(&preparer), records.clone(), timeout),

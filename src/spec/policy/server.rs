@@ -20,6 +20,18 @@ pub(super) struct Server {
     #[serde(default, deserialize_with = "present")]
     #[schemars(with = "Vec<String>", inner(regex(pattern = r"^\S+$")), length(min = 1))]
     pub(super) addresses: Option<Vec<String>>,
+    // Of the outermost policy alone: an image on several servers is everybody's.
+    #[serde(default, deserialize_with = "zone")]
+    #[schemars(with = "String", length(min = 1))]
+    pub(super) zone: Option<String>,
+}
+
+/// It may be absent, but not empty.
+fn zone<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    match String::deserialize(deserializer)? {
+        zone if zone.is_empty() => Err(serde::de::Error::custom("is empty")),
+        zone => Ok(Some(zone)),
+    }
 }
 
 pub(super) fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Server>>, D::Error> {

@@ -17,6 +17,7 @@ pub mod mark;
 mod moving;
 mod nfs_mount;
 mod open_base;
+mod order;
 mod paths;
 mod prefetch;
 mod prepare;
@@ -36,6 +37,6 @@ pub use moving::Published;
 #[cfg(test)]
 pub use paths::ServerPath;
 pub use paths::{Paths, Unanswered};
-pub use prepare::Preparer;
+pub use prepare::{Node, Preparer};
 pub use prepared::{ImageKey, Known, Prepared};
 pub use probe::{ask_host, where_nfs_answers};

@@ -14,6 +14,7 @@ use super::ahead::Prefetcher;
 use super::exports::Exports;
 use super::mark::Mark;
 use super::open_base::OpenBase;
+use super::order::Order;
 use super::paths::{Trials, Unanswered};
 use super::prepared::{AttachedImage, BlockDevice, ImageKey, ImageOnLoop, Known, Origin, Prepared, PreparedBase};
 use super::shared::Shared;
@@ -24,7 +25,7 @@ use crate::kernel::image::{Content, Image};
 use crate::kernel::mount::{Symlinks, open_directory};
 use crate::kernel::nfs::{Export, Version};
 use crate::kernel::verity::RootHash;
-use crate::kernel::{self, Kernel, boot};
+use crate::kernel::{self, Kernel};
 use crate::places::{Places, run_at};
 use crate::spec::policy::Policy;
 use crate::spec::replicas::{RETRANS, TIMEO};
@@ -55,24 +56,31 @@ pub struct Preparer {
     pub(super) attaching: Mutex<HashMap<String, Arc<Semaphore>>>,
     pub(super) trials: Mutex<Trials>,
     pub(super) unanswered: Mutex<Unanswered>,
-    /// What tells this node from others, for as long as it is up.
-    pub(super) boot_id: String,
+    pub(super) order: Order,
+}
+
+/// What the driver is told of its node.
+pub struct Node<'a> {
+    /// Where its root directory is seen.
+    pub host_root: &'a Path,
+    /// How far NFS mounts read ahead, in KiB, if not as the kernel does.
+    pub read_ahead: Option<u32>,
+    /// Its zone, as the policy calls it.
+    pub zone: Option<String>,
 }
 
 impl Preparer {
-    /// `host_root` is where the node's root directory is seen; `read_ahead` is that of NFS mounts in KiB, if not the kernel's own.
     pub fn new(
         kernel: Arc<dyn Kernel>,
         policy: Arc<Policy>,
         mark: Mark,
-        host_root: &Path,
-        read_ahead: Option<u32>,
+        node: Node,
         cache: Arc<Cache>,
         prefetcher: Prefetcher,
     ) -> Result<Self> {
-        let host_root = Arc::new(open_directory(host_root)?);
-        let boot_id = boot::id()?;
-        let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), read_ahead));
+        let host_root = Arc::new(open_directory(node.host_root)?);
+        let order = Order::new(node.zone)?;
+        let exports = Arc::new(Exports::new(Arc::clone(&kernel), Arc::clone(&policy), node.read_ahead));
         Ok(Preparer {
             kernel,
             policy,
@@ -86,7 +94,7 @@ impl Preparer {
             attaching: Mutex::default(),
             trials: Mutex::default(),
             unanswered: Mutex::default(),
-            boot_id,
+            order,
         })
     }
 

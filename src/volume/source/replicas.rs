@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
@@ -152,12 +151,12 @@ impl Preparer {
         Ok(replicas.into_iter().map(|(_, replica)| replica).collect())
     }
 
-    /// The servers of an image as this node asks them: nodes differ in whom they ask first, and a node asks the same for as long as it is up.
+    /// The servers of an image as this node asks them.
     pub(super) fn in_order(&self, spec: &Loopback) -> Vec<(u8, Loopback)> {
         let mut each: Vec<_> = (0..).zip(spec.on_each()).collect();
         each.sort_by_cached_key(|(_, spec)| {
             let host = spec.base.export().map(|nfs| nfs.host.as_str()).unwrap_or_default();
-            Sha256::new().chain_update(&self.boot_id).chain_update(host).finalize()
+            self.order.rank(self.policy(), host)
         });
         each
     }
