@@ -70,8 +70,21 @@ pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool
     Err(invalid(&format!(
         "volume_capability: access mode {} promises writes, and this volume has no writable layer: use ReadOnlyMany, or \
          an overlay",
-        mode.as_str_name()
+        in_words_of_kubernetes(mode)
     )))
+}
+
+/// The access mode that the author of a claim wrote, beside what external-provisioner and the kubelet make of it
+/// (kubernetes-csi/csi-lib-utils, accessmodes).
+fn in_words_of_kubernetes(mode: Mode) -> String {
+    let written = match mode {
+        Mode::SingleNodeWriter | Mode::SingleNodeMultiWriter => "ReadWriteOnce",
+        Mode::SingleNodeSingleWriter => "ReadWriteOncePod",
+        Mode::MultiNodeReaderOnly => "ReadOnlyMany",
+        Mode::MultiNodeMultiWriter => "ReadWriteMany",
+        Mode::Unknown | Mode::SingleNodeReaderOnly | Mode::MultiNodeSingleWriter => return mode.as_str_name().into(),
+    };
+    format!("{written} ({})", mode.as_str_name())
 }
 
 /// The namespace and the name of the pod that a volume is published for, where the kubelet names it (podInfoOnMount).
@@ -128,6 +141,12 @@ pub fn invalid(message: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_names_the_access_mode_as_the_author_of_the_claim_wrote_it() {
+        assert_eq!(in_words_of_kubernetes(Mode::SingleNodeMultiWriter), "ReadWriteOnce (SINGLE_NODE_MULTI_WRITER)");
+        assert_eq!(in_words_of_kubernetes(Mode::MultiNodeSingleWriter), "MULTI_NODE_SINGLE_WRITER");
+    }
 
     #[test]
     fn a_path_has_one_name() {
