@@ -227,6 +227,27 @@ fn an_image_is_mounted_whose_root_hash_beside_it_is_signed_by_a_key_that_the_pol
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn the_keys_that_the_policy_names_for_a_server_take_the_place_of_all_others() {
+    let image = make_image("own-keys.sqsh");
+    let hash = PathBuf::from(format!("{}.root", image.display()));
+    fs::write(&hash, root_of(&["seal", image.to_str().unwrap()])).unwrap();
+    let keys = Keys::none();
+    let (ours, other) = (keys.make("ours"), keys.make("other"));
+    keys.sign("ours", &hash);
+    let mount = |of_all: &str, of_server: &str| {
+        let servers = format!("[{{host: {}, exports: [/images], trustedKeys: [{of_server}]}}]", server());
+        let driver = Driver::with_policy(&format!("trustedKeys: [{of_all}]\nservers: {servers}"));
+        let volume = volume("v", "own-keys.sqsh", &[("verity", "signed")]);
+        let answer = driver.mount(&volume, "pod").map(|_| driver.unmount(&volume, "pod"));
+        driver.assert_nothing_left();
+        answer
+    };
+    mount(&other, &ours).unwrap();
+    assert_eq!(mount(&ours, &other).unwrap_err().code(), Code::PermissionDenied);
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn a_verified_image_is_moved_to_its_copy_and_verified_there() {
     let image = make_image("copied-verified.sqsh");
     let root = root_of(&["seal", image.to_str().unwrap()]);

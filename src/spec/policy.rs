@@ -136,9 +136,10 @@ impl Policy {
         namespace.map_or_else(|| self.all().all(|policy| policy.node_cache), |namespace| self.of(namespace).node_cache)
     }
 
-    /// Public keys of minisign(1), by which the root hashes beside images may be signed.
-    pub fn trusted_keys(&self) -> &[String] {
-        &self.trusted_keys
+    /// Public keys of minisign(1), by which the root hashes beside images on this export may be signed; `None` is the node itself.
+    pub fn trusted_keys(&self, export: Option<&Nfs>) -> &[String] {
+        let own = export.and_then(|nfs| self.servers.iter().flatten().find_map(|server| server.keys_of(nfs)));
+        own.unwrap_or(&self.trusted_keys)
     }
 
     /// Whether each namespace may use this version of NFS, such as `4.1`.
@@ -264,11 +265,7 @@ impl Policy {
             let known = servers.iter().map(|server| server.host.as_str());
             return Err(denied(format!("{at}/host"), &format!("server {}", quote(host)), known));
         }
-        let allows = |server: &&Server| match &server.exports {
-            Some(exports) => exports.iter().any(|export| covers(export, path)),
-            None => true,
-        };
-        if !found.iter().any(allows) {
+        if !found.iter().any(|server| server.allows(path)) {
             let known = found.iter().flat_map(|server| server.exports.iter().flatten());
             let what = format!("export {} of {}", quote(path), quote(host));
             return Err(denied(format!("{at}/path"), &what, known.map(String::as_str)));
@@ -292,12 +289,7 @@ impl Policy {
         for (key, limit) in &self.nfs_limits {
             export::validate_limit(key, limit).map_err(invalid(&format!("{at}/nfsLimits/{key}")))?;
         }
-        for (index, key) in self.trusted_keys.iter().enumerate() {
-            PublicKey::from_base64(key).map_err(|error| {
-                let message = format!("{} is no public key of minisign(1): {error}", quote(key));
-                invalid(&format!("{at}/trustedKeys/{index}"))(message)
-            })?;
-        }
+        validate_keys(at, &self.trusted_keys)?;
         for (index, namespaces) in self.namespaces.iter().enumerate() {
             let at = format!("{at}/namespaces/{index}");
             if !namespaces.policy.trusted_keys.is_empty() {
@@ -310,12 +302,10 @@ impl Policy {
                 return Err(invalid(&format!("{at}/policy/namespaces"))("is only for the outermost policy".into()));
             }
             for (index, server) in namespaces.policy.servers.iter().flatten().enumerate() {
-                for (field, is_there) in [("addresses", server.addresses.is_some()), ("zone", server.zone.is_some())] {
-                    if is_there {
-                        let at = format!("{at}/policy/servers/{index}/{field}");
-                        let message = "is only for the outermost policy: a name means one server on a node";
-                        return Err(invalid(&at)(message.into()));
-                    }
+                if let Some(field) = server.outermost_alone() {
+                    let at = format!("{at}/policy/servers/{index}/{field}");
+                    let message = "is only for the outermost policy: a name means one server on a node";
+                    return Err(invalid(&at)(message.into()));
                 }
             }
             namespaces.policy.validate(&format!("{at}/policy"))?;
@@ -345,6 +335,16 @@ impl Paths {
             Paths::Below(paths) => validate_paths(at, paths),
         }
     }
+}
+
+fn validate_keys(at: &str, keys: &[String]) -> Result<(), SpecError> {
+    for (index, key) in keys.iter().enumerate() {
+        PublicKey::from_base64(key).map_err(|error| {
+            let message = format!("{} is no public key of minisign(1): {error}", quote(key));
+            invalid(&format!("{at}/trustedKeys/{index}"))(message)
+        })?;
+    }
+    Ok(())
 }
 
 fn validate_paths(at: &str, paths: &[String]) -> Result<(), SpecError> {

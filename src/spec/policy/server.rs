@@ -3,27 +3,30 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 
-use super::{invalid, present, validate_paths};
+use super::{invalid, present, validate_keys, validate_paths};
 use crate::spec::error::{SpecError, quote};
+use crate::spec::pattern::{covers, names_host};
 use crate::spec::read::Object;
-use crate::spec::text;
+use crate::spec::{Nfs, text};
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Server {
     #[schemars(regex(pattern = r"^\S+$"))]
     pub(super) host: String,
     #[serde(default, deserialize_with = "present")]
     #[schemars(with = "Vec<String>", inner(regex(pattern = "^/")))]
     pub(super) exports: Option<Vec<String>>,
-    // Of the outermost policy alone: a name means one server on a node.
+    // From here on of the outermost policy alone: a name means one server on a node.
     #[serde(default, deserialize_with = "present")]
     #[schemars(with = "Vec<String>", inner(regex(pattern = r"^\S+$")), length(min = 1))]
     pub(super) addresses: Option<Vec<String>>,
-    // Of the outermost policy alone: an image on several servers is everybody's.
     #[serde(default, deserialize_with = "zone")]
     #[schemars(with = "String", length(min = 1))]
     pub(super) zone: Option<String>,
+    #[serde(default, deserialize_with = "present")]
+    #[schemars(with = "Vec<String>")]
+    trusted_keys: Option<Vec<String>>,
 }
 
 /// It may be absent, but not empty.
@@ -52,7 +55,29 @@ impl Server {
     pub(super) fn validate(&self, at: &str) -> Result<(), SpecError> {
         text::host(&self.host.replace('*', "a")).map_err(invalid(&format!("{at}/host")))?;
         validate_paths(&format!("{at}/exports"), self.exports.as_deref().unwrap_or_default())?;
+        validate_keys(at, self.trusted_keys.as_deref().unwrap_or_default())?;
         self.validate_addresses().map_err(invalid(&format!("{at}/addresses")))
+    }
+
+    /// A field that it has, and that is none of a policy of namespaces.
+    pub(super) fn outermost_alone(&self) -> Option<&'static str> {
+        let fields = [
+            ("addresses", self.addresses.is_some()),
+            ("zone", self.zone.is_some()),
+            ("trustedKeys", self.trusted_keys.is_some()),
+        ];
+        fields.into_iter().find_map(|(field, is_there)| is_there.then_some(field))
+    }
+
+    /// Whether it is about an export of this server and path.
+    pub(super) fn allows(&self, path: &str) -> bool {
+        self.exports.as_ref().is_none_or(|exports| exports.iter().any(|export| covers(export, path)))
+    }
+
+    /// Whose signature an image on this export needs, where that is said of it.
+    pub(super) fn keys_of(&self, nfs: &Nfs) -> Option<&[String]> {
+        let is_it = names_host(&self.host, &nfs.host) && self.allows(&nfs.path);
+        self.trusted_keys.as_deref().filter(|_| is_it)
     }
 
     fn validate_addresses(&self) -> Result<(), String> {

@@ -338,3 +338,25 @@ fn a_namespace_has_the_first_policy_that_names_it() {
     assert_eq!(policy.hosts().collect::<String>(), "abc");
     assert_eq!((policy.share("other").count, policy.share("team-a").count), (Some(3), None));
 }
+
+#[test]
+fn whose_signature_an_image_needs_is_said_of_its_server_and_export() {
+    let [all, team, other] = ["RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3"; 3];
+    let policy = format!(
+        "trustedKeys: [{all}]\nservers:\n  - {{host: a, exports: [/team], trustedKeys: [{team}, {team}]}}\n  \
+         - {{host: a, exports: [/none], trustedKeys: []}}\n  - {{host: '*', trustedKeys: [{other}, {other}, {other}]}}"
+    );
+    let policy = Policy::parse(&policy).unwrap();
+    let keys = |host: &str, path: &str| {
+        let parsed = json::parse(&nfs(host, path, "hard")).unwrap();
+        let Mount::Nfs(export) = parsed.mount() else { panic!() };
+        policy.trusted_keys(Some(export)).len()
+    };
+    assert_eq!((keys("a", "/team"), keys("a", "/team/x"), keys("a", "/none"), keys("a", "/other")), (2, 2, 0, 3));
+    assert_eq!((keys("b", "/team"), policy.trusted_keys(None).len()), (3, 1));
+    assert!(Policy::parse("servers: [{host: a, trustedKeys: [RWQ]}]").is_err());
+    for field in ["zone: b", "addresses: [b]", "trustedKeys: []"] {
+        let policy = format!("namespaces: [{{names: [x], policy: {{servers: [{{host: a, {field}}}]}}}}]");
+        assert!(Policy::parse(&policy).unwrap_err().to_string().contains("outermost"), "{field}");
+    }
+}

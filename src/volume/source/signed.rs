@@ -51,7 +51,7 @@ impl Preparer {
             .map_err(|error| refused(spec, &format!("{beside} is no signature of minisign(1): {error}")))?;
         let is_by =
             |key: &String| PublicKey::from_base64(key).is_ok_and(|key| key.verify(content, &signature, false).is_ok());
-        match self.policy().trusted_keys().iter().any(is_by) {
+        match self.policy().trusted_keys(spec.base.export()).iter().any(is_by) {
             true => Ok(()),
             false => {
                 Err(refused(spec, &format!("{beside} is a signature of {file} by none of the policy's trustedKeys")))
