@@ -329,7 +329,7 @@ tools: ## install what the tests and lints need
 cargo-deny:
 	@cargo deny --version >/dev/null 2>&1 || cargo install --debug --locked cargo-deny
 
-# It has no say in what is built, and it is not there for that long.
+# Of one version, as it runs where releases are made.
 .PHONY: cargo-cyclonedx
 cargo-cyclonedx:
-	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --debug --locked cargo-cyclonedx
+	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --debug --locked --version 0.5.9 cargo-cyclonedx

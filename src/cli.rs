@@ -22,7 +22,7 @@ pub struct Cli {
 }
 
 /// Ends the process where the arguments are none of this program's, as clap does. The environment of `enter` is its command's, which may mean
-/// something else by LOG_LEVEL.
+/// something else by LOG_LEVEL: write no flag before `enter`.
 pub fn parse(arguments: Vec<OsString>) -> Cli {
     read(arguments).unwrap_or_else(|error| error.exit())
 }

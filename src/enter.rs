@@ -177,7 +177,8 @@ fn explain(path: &Path, directory: &Path, errno: Errno) -> Error {
         Errno::ROFS => error.with_hint(
             "the image has nothing there to mount on: add an empty file or directory to it, or let the volume have a writable layer",
         ),
-        Errno::NOTDIR | Errno::ISDIR => error.with_hint("the image has a file where a directory belongs, or the other way round"),
+        // move_mount(2) says no more than that.
+        Errno::NOTDIR | Errno::ISDIR | Errno::INVAL => error.with_hint("the image has a file where a directory belongs, or the other way round"),
         Errno::LOOP => error.with_hint("the image has symlinks there that lead nowhere"),
         Errno::BUSY => error.with_hint("the image has a symlink there that leads to the root itself"),
         _ => error,

@@ -106,7 +106,7 @@ fn the_command_sees_what_its_container_has_and_nothing_of_where_it_was() {
     assert_eq!(pod.prints("cat /proc/$$/comm; echo a >/dev/null; echo b >/tmp/b; echo c >/run/c; ls /run"), "sh\nc\n");
     assert_eq!(pod.prints("stat -c '%a %n' /tmp /run"), "1777 /tmp\n755 /run\n");
     assert_eq!(pod.prints(&format!("ls -d {}/usr 2>&1 >/dev/null | wc -l", pod.root().display())), "1\n");
-    // One root, which nothing lies below.
+    // The old root does not lie on top of it.
     assert_eq!(pod.prints("grep -c '^[0-9]* [0-9]* [0-9:]* [^ ]* / ' /proc/self/mountinfo"), "1\n");
     // What the driver's runtime ignores for itself stays with it.
     assert_eq!(pod.prints("grep SigIgn /proc/self/status"), run("grep", &["SigIgn", "/proc/self/status"]));
@@ -170,6 +170,19 @@ fn an_image_without_a_place_is_entered_without_what_each_pod_has_and_not_without
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{said}");
     assert!(said.contains("mount the pod's /enter-test-volume at its place in"), "{said}");
+}
+
+#[test]
+#[ignore = "needs root: make test-host"]
+fn an_image_with_a_directory_in_the_place_of_a_file_is_entered_without_it_and_says_why() {
+    let pod = Pod::new().with_resolv_conf();
+    fs::create_dir_all(pod.root().join("etc/resolv.conf")).unwrap();
+    let output = pod.run("true");
+    let said = text(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("a file where a directory belongs, or the other way round"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -224,8 +224,8 @@ pub(super) fn explain_escape(error: Error) -> Error {
         Errno::XDEV => error.with_hint("the path leads out of its base (an absolute symlink or '..')"),
         Errno::LOOP => error.with_hint("the path goes through a symlink that may not be followed"),
         Errno::ACCESS => error.with_hint(
-            "the server does not let this node read it: with root_squash, or sec=krb5*, the node is nobody there; may all read the image, \
-             and search the directories above it?",
+            "on an export, the server does not let this node read it: with root_squash, or sec=krb5*, the node is nobody there; may all \
+             read the image, and search the directories above it?",
         ),
         _ => error,
     }

@@ -84,7 +84,10 @@ impl NewRoot {
             Err(Errno::PERM) => {
                 let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
                 rustix::mount::move_mount(&self.0, "", CWD, "/", flags).doing(action)?;
-                rustix::process::chroot(".").doing(action)?;
+                rustix::process::chroot(".").doing(action).map_err(|error| match error.errno() {
+                    Errno::PERM => error.with_hint("the container needs the capability SYS_CHROOT"),
+                    _ => error,
+                })?;
             }
             Err(errno) => return Err(Error::new(action(), errno)),
         }

@@ -126,12 +126,11 @@ impl Export {
         Ok(if self.read_only { new.read_only() } else { new })
     }
 
-    /// What to look at for the errors that mounts of it, and questions to its server, are known to end with.
+    /// What to look at for the errors that mounts of it are known to end with.
     pub fn explain(&self, error: Error) -> Error {
-        let hint = self.protection_hint(error.errno()).or_else(|| hint(error.errno()).map(str::to_owned));
-        match hint {
+        match self.protection_hint(error.errno()) {
             Some(hint) => error.with_hint(hint),
-            None => error,
+            None => explain(error),
         }
     }
 }
@@ -147,8 +146,9 @@ pub fn set_read_ahead(mount: impl AsFd, kib: u32) -> Result<()> {
     std::fs::write(&path, kib.to_string()).doing(|| format!("write {path}"))
 }
 
-fn hint(errno: Errno) -> Option<&'static str> {
-    Some(match errno {
+/// What to look at for the errors that a server is known for, whatever protects its calls.
+pub fn explain(error: Error) -> Error {
+    let hint = match error.errno() {
         Errno::CONNREFUSED => "is nfsd running there, and is its port open to this node?",
         Errno::CONNRESET => "the connection was closed without an answer: is nfsd running behind that address?",
         Errno::PROTO => "what answers there is no NFS server: is the port right?",
@@ -163,8 +163,9 @@ fn hint(errno: Errno) -> Option<&'static str> {
             "the server does not speak this NFS version: try another 'version', or enable it in the server's nfs.conf"
         }
         Errno::INVAL => "the kernel refuses an option: see its words, and nfs(5)",
-        _ => return None,
-    })
+        _ => return error,
+    };
+    error.with_hint(hint)
 }
 
 /// The address from which this node reaches `server`; no packet is sent.

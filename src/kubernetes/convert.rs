@@ -78,8 +78,9 @@ pub fn convert(text: &str, policy: &Policy, surroundings: &Surroundings) -> Resu
     let spec: Value = serde_json::from_str(container.mount.get()).map_err(|error| invalid(error.to_string()))?;
 
     notes.push(
-        "command: the pod has the capability SYS_ADMIN to make the image its root, and the command has not: Pod Security Standards allow \
-         that in a namespace of the level privileged"
+        "command: the pod has the capability SYS_ADMIN to make the image its root, and the command has not; hooks, probes and 'kubectl exec' \
+         have it. Pod Security Standards allow that in a namespace of the level privileged: trust who made the image as you trust who makes \
+         such pods"
             .into(),
     );
     if container.systemd {
@@ -212,11 +213,14 @@ fn power_off() -> Lifecycle {
     Lifecycle { pre_stop: Some(stop), ..Default::default() }
 }
 
-/// What `enter` needs, which gives the capability up. The runtime's seccomp profile lets who has it mount; its AppArmor profile nobody.
+/// The capabilities to mount, to give that up, and to change the root; a runtime may give none of them by itself.
+const MOUNTING: [&str; 3] = ["SYS_ADMIN", "SETPCAP", "SYS_CHROOT"];
+
+/// What `enter` needs, which gives the first capability up. The runtime's seccomp profile lets who has it mount; its AppArmor profile nobody.
 fn may_mount() -> SecurityContext {
     SecurityContext {
         app_armor_profile: Some(AppArmorProfile { type_: "Unconfined".into(), ..Default::default() }),
-        capabilities: Some(Capabilities { add: Some(vec!["SYS_ADMIN".into()]), drop: None }),
+        capabilities: Some(Capabilities { add: Some(MOUNTING.map(str::to_owned).into()), drop: None }),
         seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), ..Default::default() }),
         ..Default::default()
     }
@@ -282,7 +286,7 @@ mod tests {
             assert_eq!(container.lifecycle.is_some(), stopped);
             let security = container.security_context.unwrap();
             assert_eq!(security.privileged, None);
-            assert_eq!(security.capabilities.unwrap().add.unwrap(), ["SYS_ADMIN"]);
+            assert_eq!(security.capabilities.unwrap().add.unwrap(), MOUNTING);
             assert_eq!(security.seccomp_profile.unwrap().type_, "RuntimeDefault");
         }
     }

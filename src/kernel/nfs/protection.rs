@@ -39,7 +39,9 @@ impl Export {
         let shown = |key: &str| shown.split(',').find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
         let rank = |transport: Option<&str>| TRANSPORTS.iter().position(|&known| Some(known) == transport).unwrap_or(0);
         let is_weaker = rank(shown("xprtsec")) < rank(self.option("xprtsec"));
-        let is_other = self.option("sec").is_some_and(|sec| shown("sec") != Some(sec));
+        // AUTH_NULL is shown by the name of its number.
+        let flavour = shown("sec").map(|sec| if sec == "null" { "none" } else { sec });
+        let is_other = self.option("sec").is_some_and(|sec| flavour != Some(sec));
         if !is_weaker && !is_other {
             return Ok(());
         }
@@ -106,6 +108,7 @@ mod tests {
         assert!(!is_right(&tls, "ro,sec=sys,addr=10.0.0.1"));
         assert!(!is_right(&[("xprtsec", "mtls")], "ro,xprtsec=tls"));
         assert!(is_right(&[("xprtsec", "none")], "ro") && is_right(&[], "ro,sec=sys,xprtsec=tls"));
+        assert!(is_right(&[("sec", "none")], "ro,sec=null") && is_right(&[("sec", "none")], "ro,sec=none"));
         assert!(is_right(&[("sec", "krb5p")], "ro,sec=krb5p") && !is_right(&[("sec", "krb5p")], "ro,sec=sys"));
         let error = export(&[("sec", "sys"), ("xprtsec", "tls")]).check_protection("ro,sec=sys").unwrap_err();
         assert_eq!(

@@ -138,8 +138,8 @@ impl Exports {
         Err(last.unwrap_or_else(|| Error::new(Kind::Unavailable, format!("mount {export}: the name has no address"))))
     }
 
-    /// The kernel takes an NFS 4 server that it knows by another address for the same, and goes on at that one, however dead it is. It does so
-    /// for one minor version of the protocol by itself: another has no such past.
+    /// The kernel takes an NFS 4 server that it knows by another address for the same, and goes on at that one, however dead it is; and one
+    /// that it has a connection to, in the clear if that is. It does so for one minor version of the protocol by itself: another has no such past.
     async fn mount_from(
         &self,
         export: &Export,
@@ -164,10 +164,11 @@ impl Exports {
                 return first.await;
             }
         };
-        tracing::warn!(
-            "mount {export} from {address} by NFS {}: the kernel knows this server by another address, and would ask that one",
-            other.version
+        let why = refused.as_ref().map_or(
+            "the kernel may know this server by another address, which does not answer".into(),
+            Error::to_string,
         );
+        tracing::warn!("mount {export} from {address} by NFS {} instead of {}: {why}", other.version, export.version);
         let second = self.mount_as(&other, address, addresses, Arc::default());
         if let Some(refused) = refused {
             return second.await.map_err(|_| refused);

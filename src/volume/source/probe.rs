@@ -50,7 +50,8 @@ async fn ask(export: &Export, server: SocketAddr) -> Result<Option<u32>> {
         Err(_) => Errno::TIMEDOUT,
     };
     timer.end(Some(metrics::errno_name(errno.raw_os_error())));
-    Err(export.explain(kernel::Error::new(action, errno).about(Subject::Server)))
+    // It is asked in the clear, and without a key.
+    Err(nfs::explain(kernel::Error::new(action, errno).about(Subject::Server)))
 }
 
 /// Asks the NFS service of a host at its standard port, at each of its addresses; says which versions it speaks.
