@@ -43,6 +43,18 @@ fn assert_a_user_reads(target: &Path, file: &str) {
     assert!(read.status.success() && !read.stdout.is_empty(), "{read:?}");
 }
 
+/// A pod reads the volume, whoever it is, and who listens on the wire does or does not.
+#[track_caller]
+fn assert_on_the_wire(driver: &Driver, volume: &Volume, files: &Files, is_readable: bool) {
+    let target = driver.mount(volume, "pod").unwrap();
+    let original = files.tree().path().join("file-0");
+    let is_read = is_readable_on_the_wire(&target, "file-0", &original);
+    assert_eq!(is_read, is_readable, "{:?}", volume.attributes);
+    assert_a_user_reads(&target, "file-1");
+    driver.unmount(volume, "pod");
+    driver.assert_nothing_left();
+}
+
 #[track_caller]
 fn assert_refused(answer: Result<PathBuf, Status>, code: Code, words: &str) {
     let status = answer.unwrap_err();
@@ -85,12 +97,7 @@ fn images_are_read_with_kerberos_of_each_kind_by_users_without_a_ticket() {
     ];
     for (sec, version, is_readable) in kinds {
         let volume = volume("kerberos.sqsh", version, &format!("sec={sec}"));
-        let target = driver.mount(&volume, "pod").unwrap();
-        let original = files.tree().path().join("file-0");
-        assert_eq!(is_readable_on_the_wire(&target, "file-0", &original), is_readable, "sec={sec}, NFS {version}");
-        assert_a_user_reads(&target, "file-1");
-        driver.unmount(&volume, "pod");
-        driver.assert_nothing_left();
+        assert_on_the_wire(&driver, &volume, &files, is_readable);
     }
 }
 
@@ -110,10 +117,10 @@ fn what_kerberos_lacks_is_named() {
     }
     {
         fs::rename("/etc/krb5.keytab", "/etc/krb5.keytab.away").unwrap();
-        Stopped::daemon("gssd").start();
+        wire::restart("gssd");
         assert_refused(mount(), Code::PermissionDenied, "nobody vouches for this node");
         fs::rename("/etc/krb5.keytab.away", "/etc/krb5.keytab").unwrap();
-        Stopped::daemon("gssd").start();
+        wire::restart("gssd");
     }
     {
         let _daemon = Stopped::daemon("svcgssd");
@@ -136,15 +143,15 @@ fn reads_go_on_when_the_ticket_has_expired_and_wait_while_nobody_gets_another() 
     wire::kerberos();
     let files = image("kerberos.sqsh");
     let _export = Exported::with(EVERY_FLAVOUR);
-    for principal in ["nfs/node-1", "krbtgt/WIRE.TEST"] {
-        run("kadmin.local", &["modprinc", "-maxlife", "20 seconds", principal]);
-    }
-    let ticket = || {
+    let tickets_live = |time: &str| {
+        for principal in ["nfs/node-1", "krbtgt/WIRE.TEST"] {
+            run("kadmin.local", &["modprinc", "-maxlife", time, principal]);
+        }
         let stopped = Stopped::daemon("gssd");
         run("sh", &["-c", "rm -f /tmp/krb5ccmachine_*"]);
         stopped.start();
     };
-    ticket();
+    tickets_live("20 seconds");
     let driver = Driver::start();
     let volume = volume("kerberos.sqsh", "4.2", "sec=krb5p");
     let target = driver.mount(&volume, "pod").unwrap();
@@ -160,10 +167,7 @@ fn reads_go_on_when_the_ticket_has_expired_and_wait_while_nobody_gets_another() 
     gssd.start();
     reader.join().unwrap();
     files.assert_in(&target);
-    for principal in ["nfs/node-1", "krbtgt/WIRE.TEST"] {
-        run("kadmin.local", &["modprinc", "-maxlife", "1 day", principal]);
-    }
-    ticket();
+    tickets_live("1 day");
     driver.unmount(&volume, "pod");
     driver.assert_nothing_left();
 }
@@ -175,14 +179,9 @@ fn images_are_read_over_tls_by_either_version() {
     let files = image("tls.sqsh");
     let _export = Exported::with("xprtsec=none:tls:mtls");
     let driver = Driver::start();
-    let original = files.tree().path().join("file-0");
     for (transport, version) in [("tls", "4.2"), ("mtls", "4.1"), ("mtls", "3")] {
         let volume = volume("tls.sqsh", version, &format!("xprtsec={transport}"));
-        let target = driver.mount(&volume, "pod").unwrap();
-        assert!(!is_readable_on_the_wire(&target, "file-0", &original), "xprtsec={transport}, NFS {version}");
-        assert_a_user_reads(&target, "file-1");
-        driver.unmount(&volume, "pod");
-        driver.assert_nothing_left();
+        assert_on_the_wire(&driver, &volume, &files, false);
     }
 }
 
@@ -242,22 +241,22 @@ fn what_tls_lacks_is_named() {
                         -keyout /dev/null -out /var/lib/wire/stranger.crt && cp /var/lib/wire/ca.crt /var/lib/wire/ca.away \
                         && cp /var/lib/wire/stranger.crt /var/lib/wire/ca.crt";
         run("sh", &["-c", stranger]);
-        Stopped::daemon("tlshd").start();
+        wire::restart("tlshd");
         assert_refused(mount(&over("tls")), Code::PermissionDenied, "no TLS session was made");
         run("mv", &["/var/lib/wire/ca.away", "/var/lib/wire/ca.crt"]);
-        Stopped::daemon("tlshd").start();
+        wire::restart("tlshd");
     }
     {
         run("cp", &["/var/lib/wire/server-tlshd.conf", "/var/lib/wire/conf.away"]);
         run("sed", &["-i", "s/nfs-server/node-1/", "/var/lib/wire/server-tlshd.conf"]);
-        Stopped::daemon("server-tlshd").start();
+        wire::restart("server-tlshd");
         assert_refused(
             mount(&over("tls")),
             Code::PermissionDenied,
             "a certificate that is not trusted, or for another name",
         );
         run("mv", &["/var/lib/wire/conf.away", "/var/lib/wire/server-tlshd.conf"]);
-        Stopped::daemon("server-tlshd").start();
+        wire::restart("server-tlshd");
     }
     files.assert_in(&mount(&over("mtls")).unwrap());
     driver.unmount(&over("mtls"), "pod");

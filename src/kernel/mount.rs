@@ -140,13 +140,18 @@ impl DetachedMount {
 /// A new mount of a directory that is visible in the calling thread's namespace (open_tree(2)), with `attributes` added. What is mounted
 /// below the directory later does not appear in it, nor the other way round.
 pub fn bind(directory: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
+    let fd = clone_of(directory, recursive).doing(|| "clone a mount (open_tree)".into())?;
+    set_attributes(fd.as_fd(), attributes, libc::MS_PRIVATE, recursive)?;
+    Ok(DetachedMount::new(fd, "directory".into()))
+}
+
+/// The same with the attributes and the propagation that the old one has; also of a file.
+pub(super) fn clone_of(found: impl AsFd, recursive: bool) -> rustix::io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    let fd = rustix::mount::open_tree(directory, "", flags).doing(|| "clone a mount (open_tree)".into())?;
-    set_attributes(fd.as_fd(), attributes, libc::MS_PRIVATE, recursive)?;
-    Ok(DetachedMount::new(fd, "directory".into()))
+    rustix::mount::open_tree(found, "", flags)
 }
 
 /// Adds attributes to a mount and to those that a recursive bind brought along.

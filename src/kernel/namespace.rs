@@ -31,7 +31,7 @@ impl PrivateNamespace {
     /// mount points in.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         in_new_thread(|| {
-            unshare(UnshareFlags::FS)?;
+            unshare(UnshareFlags::FS).map_err(not_unshared)?;
             rustix::thread::move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Mount))
                 .doing(|| "enter the driver's mount namespace".into())?;
             Ok(work())
@@ -85,7 +85,7 @@ impl Drop for Process {
 }
 
 fn create() -> Result<OwnedFd> {
-    unshare(UnshareFlags::FS | UnshareFlags::NEWNS)?;
+    unshare(UnshareFlags::FS | UnshareFlags::NEWNS).map_err(not_unshared)?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).doing(|| "make the driver's mount namespace private".into())?;
     let fd = rustix::fs::open("/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
@@ -117,10 +117,14 @@ fn drop_mounts() -> Result<()> {
     Ok(())
 }
 
-fn unshare(flags: UnshareFlags) -> Result<()> {
+/// Not for the table of file descriptors.
+pub(super) fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
     // SAFETY: no flag shares less of the file descriptor table, which is all that is unsafe about unshare(2).
     unsafe { rustix::thread::unshare_unsafe(flags) }
-        .map_err(|errno| Error::new("unshare a mount namespace", errno).with_hint("this needs root with CAP_SYS_ADMIN"))
+}
+
+fn not_unshared(errno: Errno) -> Error {
+    Error::new("unshare a mount namespace", errno).with_hint("this needs root with CAP_SYS_ADMIN")
 }
 
 fn in_new_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {

@@ -10,22 +10,21 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
 use super::error::{Doing, Error, Result};
 use super::mount::{self, DetachedMount};
+use super::namespace::unshare;
 
 /// As many as the kernel follows in one path (path_resolution(7)).
 const MOST_SYMLINKS: usize = 40;
 
 /// Gives this process a mount namespace of its own. What is mounted in the old one still appears in it, and never the other way round.
 pub fn leave_mount_namespace() -> Result<()> {
-    // SAFETY: no flag shares less of the file descriptor table, which is all that is unsafe about unshare(2).
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|errno| {
-        Error::new("make a mount namespace", errno)
-            .with_hint("the container needs the capability SYS_ADMIN, and the user root")
-    })?;
+    unshare(UnshareFlags::NEWNS)
+        .doing(|| "make a mount namespace".into())
+        .map_err(|error| error.with_hint("the container needs the capability SYS_ADMIN, and the user root"))?;
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", slave)
         .doing(|| "keep mounts from appearing in the old mount namespace".into())
@@ -39,14 +38,12 @@ pub fn leave_mount_namespace() -> Result<()> {
 pub fn clone_tree(path: &Path) -> Result<DetachedMount> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let found = rustix::fs::open(path, flags, Mode::empty()).doing(|| format!("open {}", path.display()))?;
-    clone_of(found.as_fd(), path)
+    tree(&found, path)
 }
 
-fn clone_of(found: BorrowedFd<'_>, path: &Path) -> Result<DetachedMount> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let flags = flags | OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::AT_RECURSIVE;
-    let fd = rustix::mount::open_tree(found, "", flags);
-    Ok(DetachedMount::new(fd.doing(|| format!("clone {} (open_tree)", path.display()))?, path.display().to_string()))
+fn tree(found: &OwnedFd, path: &Path) -> Result<DetachedMount> {
+    let tree = mount::clone_of(found, true).doing(|| format!("clone {} (open_tree)", path.display()))?;
+    Ok(DetachedMount::new(tree, path.display().to_string()))
 }
 
 /// The directory that becomes the root.
@@ -56,7 +53,7 @@ impl NewRoot {
     /// A mount of the directory on top of it: a root has to be one. For a process that has left its mount namespace.
     pub fn of(directory: &Path) -> Result<Self> {
         let found = mount::open_directory(directory)?;
-        let root = clone_of(found.as_fd(), directory)?;
+        let root = tree(&found, directory)?;
         mount::attach(&root, &found)?;
         Ok(NewRoot(root))
     }
@@ -68,8 +65,7 @@ impl NewRoot {
         let kind = rustix::fs::statx(mount, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE);
         let kind = FileType::from_raw_mode(kind.doing(action)?.stx_mode.into());
         let target = walk(self.0.as_fd(), path, kind).doing(action)?;
-        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        rustix::mount::move_mount(mount, "", target, "", flags).doing(action)
+        mount::attach(mount, target)
     }
 
     /// Makes it the root and the current directory of this process.

@@ -75,15 +75,17 @@ impl std::fmt::Display for Export {
 impl Export {
     /// The TCP port of the server's NFS service.
     pub fn port(&self) -> u16 {
-        let port = self.options.iter().find(|(key, _)| key == "port");
-        let port = port.and_then(|(_, value)| value.as_ref()?.parse().ok());
+        let port = self.option("port").and_then(|port| port.parse().ok());
         port.filter(|&port| port != 0).unwrap_or(PORT)
     }
 
     /// Whether the transport is RDMA, for which the server need not listen on TCP.
     pub fn is_rdma(&self) -> bool {
-        let proto = self.options.iter().find(|(key, _)| key == "proto");
-        proto.and_then(|(_, value)| value.as_deref()).is_some_and(|value| value.starts_with("rdma"))
+        self.option("proto").is_some_and(|proto| proto.starts_with("rdma"))
+    }
+
+    fn option(&self, key: &str) -> Option<&str> {
+        self.options.iter().find(|(name, _)| name == key)?.1.as_deref()
     }
 
     /// The export as it is mounted from the server at `address`: `host:/path (nfs 4.2, sec=krb5p, ADDRESS)`.
@@ -146,6 +148,11 @@ pub fn set_read_ahead(mount: impl AsFd, kib: u32) -> Result<()> {
     std::fs::write(&path, kib.to_string()).doing(|| format!("write {path}"))
 }
 
+/// What a mount has for one of its options, of those that it shows (/proc/PID/mountinfo).
+pub fn shown<'a>(options: &'a str, key: &str) -> Option<&'a str> {
+    options.split(',').find_map(|option| option.strip_prefix(key)?.strip_prefix('='))
+}
+
 /// What to look at for the errors that a server is known for, whatever protects its calls.
 pub fn explain(error: Error) -> Error {
     let hint = match error.errno() {
@@ -192,7 +199,7 @@ fn bracketed(host: &str) -> String {
 mod tests {
     use super::*;
 
-    fn export(host: &str, options: &[(&str, Option<&str>)]) -> Export {
+    pub(super) fn export(host: &str, options: &[(&str, Option<&str>)]) -> Export {
         Export {
             host: host.into(),
             path: "/images".into(),

@@ -138,8 +138,13 @@ impl Policy {
 
     /// Public keys of minisign(1), by which the root hashes beside images on this export may be signed; `None` is the node itself.
     pub fn trusted_keys(&self, export: Option<&Nfs>) -> &[String] {
-        let own = export.and_then(|nfs| self.servers.iter().flatten().find_map(|server| server.keys_of(nfs)));
+        let own = export.and_then(|nfs| self.named(&nfs.host).find_map(|server| server.keys_of(&nfs.path)));
         own.unwrap_or(&self.trusted_keys)
+    }
+
+    /// What it says of a server that volumes name `host`.
+    fn named<'a>(&'a self, host: &str) -> impl Iterator<Item = &'a Server> {
+        self.servers.iter().flatten().filter(move |server| names_host(&server.host, host))
     }
 
     /// Whether each namespace may use this version of NFS, such as `4.1`.
@@ -162,22 +167,19 @@ impl Policy {
     /// The names and addresses at which a server is reached that volumes name `host`, in the order in which to try them: `host` itself
     /// where the admin says nothing else.
     pub fn addresses<'a>(&'a self, host: &'a str) -> Vec<&'a str> {
-        let mut servers = self.servers.iter().flatten();
-        let addresses = servers.find_map(|server| server.addresses.as_ref().filter(|_| names_host(&server.host, host)));
+        let addresses = self.named(host).find_map(|server| server.addresses.as_ref());
         addresses.map_or_else(|| vec![host], |addresses| addresses.iter().map(String::as_str).collect())
     }
 
     /// The zone of a server that volumes name `host`, where the admin says one.
     pub fn zone(&self, host: &str) -> Option<&str> {
-        let mut servers = self.servers.iter().flatten().filter(|server| names_host(&server.host, host));
-        servers.find_map(|server| server.zone.as_deref())
+        self.named(host).find_map(|server| server.zone.as_deref())
     }
 
     /// Splits the path of an export that the policy allows into what the admin named and the rest, which a user named, and below which a
     /// user may have made symlinks. The rest is empty where the policy limits no paths of this server.
     pub fn split<'a>(&self, host: &str, path: &'a str) -> (&'a str, &'a str) {
-        let servers = self.all().flat_map(|policy| policy.servers.iter().flatten());
-        let servers = servers.filter(|server| names_host(&server.host, host));
+        let servers = self.all().flat_map(|policy| policy.named(host));
         let exports = servers.flat_map(|server| server.exports.iter().flatten());
         let named = exports.filter(|export| covers(export, path)).map(|export| components(export)).max();
         match named {
@@ -260,7 +262,7 @@ impl Policy {
 
     fn check_server(&self, at: &str, host: &str, path: &str) -> Result<(), SpecError> {
         let Some(servers) = &self.servers else { return Ok(()) };
-        let found: Vec<_> = servers.iter().filter(|server| names_host(&server.host, host)).collect();
+        let found: Vec<_> = self.named(host).collect();
         if found.is_empty() {
             let known = servers.iter().map(|server| server.host.as_str());
             return Err(denied(format!("{at}/host"), &format!("server {}", quote(host)), known));

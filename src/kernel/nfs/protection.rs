@@ -13,10 +13,6 @@ const PLAIN: [&str; 2] = ["sec=sys", "xprtsec=none"];
 const TRANSPORTS: [&str; 3] = ["none", "tls", "mtls"];
 
 impl Export {
-    pub(super) fn option(&self, key: &str) -> Option<&str> {
-        self.options.iter().find(|(name, _)| name == key)?.1.as_deref()
-    }
-
     fn is_kerberos(&self) -> bool {
         self.option("sec").is_some_and(|sec| sec.starts_with("krb5"))
     }
@@ -36,7 +32,7 @@ impl Export {
     /// The kernel finds out who an NFS 4 server is, and takes the connection that it has to that server already, whatever that has of TLS
     /// (fs/nfs/nfs4client.c, nfs41_walk_client_list; seen with 6.12).
     pub fn check_protection(&self, shown: &str) -> Result<(), Error> {
-        let shown = |key: &str| shown.split(',').find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
+        let shown = |key: &str| super::shown(shown, key);
         let rank = |transport: Option<&str>| TRANSPORTS.iter().position(|&known| Some(known) == transport).unwrap_or(0);
         let is_weaker = rank(shown("xprtsec")) < rank(self.option("xprtsec"));
         // AUTH_NULL is shown by the name of its number.
@@ -85,18 +81,12 @@ impl Export {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Export, Version};
+    use super::super::tests;
     use super::*;
 
     fn export(options: &[(&str, &str)]) -> Export {
-        Export {
-            host: "server".into(),
-            path: "/images".into(),
-            version: Version::V4_2,
-            read_only: true,
-            options: options.iter().map(|(key, value)| ((*key).into(), Some((*value).into()))).collect(),
-            one_of: Vec::new(),
-        }
+        let options: Vec<_> = options.iter().map(|(key, value)| (*key, Some(*value))).collect();
+        tests::export("server", &options)
     }
 
     #[test]

@@ -5,9 +5,9 @@ use serde::{Deserialize, Deserializer};
 
 use super::{invalid, present, validate_keys, validate_paths};
 use crate::spec::error::{SpecError, quote};
-use crate::spec::pattern::{covers, names_host};
+use crate::spec::pattern::covers;
 use crate::spec::read::Object;
-use crate::spec::{Nfs, text};
+use crate::spec::text;
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -69,15 +69,14 @@ impl Server {
         fields.into_iter().find_map(|(field, is_there)| is_there.then_some(field))
     }
 
-    /// Whether it is about an export of this server and path.
+    /// Whether it is about the export with this path.
     pub(super) fn allows(&self, path: &str) -> bool {
         self.exports.as_ref().is_none_or(|exports| exports.iter().any(|export| covers(export, path)))
     }
 
-    /// Whose signature an image on this export needs, where that is said of it.
-    pub(super) fn keys_of(&self, nfs: &Nfs) -> Option<&[String]> {
-        let is_it = names_host(&self.host, &nfs.host) && self.allows(&nfs.path);
-        self.trusted_keys.as_deref().filter(|_| is_it)
+    /// Whose signature an image on this export of it needs, where that is said.
+    pub(super) fn keys_of(&self, path: &str) -> Option<&[String]> {
+        self.trusted_keys.as_deref().filter(|_| self.allows(path))
     }
 
     fn validate_addresses(&self) -> Result<(), String> {

@@ -15,7 +15,7 @@ use crate::blocking;
 use crate::error::Result;
 use crate::kernel::image::ImageIdentity;
 use crate::kernel::mount::{self, DetachedMount, Symlinks, open_directory, open_directory_beneath};
-use crate::kernel::nfs::Export;
+use crate::kernel::nfs::{self, Export};
 use crate::kernel::{self, Doing, Kernel, Subject, in_namespace};
 use crate::lock::lock;
 use crate::places::Places;
@@ -171,5 +171,5 @@ impl Drop for NfsMount {
 
 /// The server's address in the options of a superblock.
 fn address_in(options: &str) -> Option<IpAddr> {
-    options.split(',').find_map(|option| option.strip_prefix("addr=")?.parse().ok())
+    nfs::shown(options, "addr")?.parse().ok()
 }
