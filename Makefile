@@ -129,7 +129,7 @@ RINGS = test-unit test-host test-python test-builder test-vm test-sanity test-ch
 
 .PHONY: test
 test: ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
-	@rm -rf target/rings
+	@rm -rf target/rings target/rings.output
 	@$(MAKE) --no-print-directory --jobs --output-sync --keep-going ALL=1 $(RINGS) || true; e2e/ring --summary $(RINGS)
 
 # Before any of them, so that none waits for a processor while the compiler has both.

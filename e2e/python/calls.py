@@ -97,7 +97,7 @@ class Calls(unittest.TestCase):
     def test_the_node_service_refuses_in_words_what_it_cannot_do(self):
         node = self.client("Node", "node")
         self.assertEqual(node.call("NodeGetInfo").node_id, "node-1")
-        self.assertEqual(len(node.call("NodeGetCapabilities").capabilities), 5)
+        self.assertEqual(len(node.call("NodeGetCapabilities").capabilities), 6)
         staging, target = {"staging_target_path": f"{self.directory}/staging"}, {"target_path": f"{self.directory}/pod"}
         volume = {"volume_id": "tools", "volume_capability": READER}
         # Not only ASCII, and a character that gRPC escapes in messages.

@@ -1,4 +1,4 @@
-//! The CSI services (the CSI spec, version 1.12): requests in, [`crate::volume`] at work, answers and gRPC codes out.
+//! The CSI services (the CSI spec, version 1.13): requests in, [`crate::volume`] at work, answers and gRPC codes out.
 
 mod capability;
 mod controller;

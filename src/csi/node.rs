@@ -10,16 +10,18 @@ use super::capability::{
     spec_of, with_source,
 };
 use super::status::{Answer, answer};
+use super::v1::volume_health::VolumeHealthEntry;
 use super::v1::volume_usage::Unit;
 use super::v1::{
     NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
-    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
-    NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest,
-    NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeCondition, VolumeUsage,
-    node_server, node_service_capability,
+    NodeGetVolumeHealthRequest, NodeGetVolumeHealthResponse, NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse,
+    NodePublishVolumeRequest, NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest,
+    NodeStageVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest,
+    NodeUnstageVolumeResponse, VolumeCondition, VolumeHealth, VolumeHealthErrorType, VolumeUsage, node_server,
+    node_service_capability,
 };
 use crate::error::{Error, Kind};
-use crate::volume::{Publication, Stats, Usage, Volumes};
+use crate::volume::{Abnormal, Harm, Publication, Stats, Usage, Volumes};
 
 /// Serves the volumes of this node.
 pub struct Node {
@@ -126,6 +128,23 @@ impl node_server::Node for Node {
         .await
     }
 
+    async fn node_get_volume_health(
+        &self,
+        request: Request<NodeGetVolumeHealthRequest>,
+    ) -> Answer<NodeGetVolumeHealthResponse> {
+        let request = request.into_inner();
+        answer("NodeGetVolumeHealth", &request.volume_id, async {
+            let id = required_text("volume_id", &request.volume_id)?;
+            if request.volume_publish_path.is_empty() {
+                // What kept it from being published was the answer to that.
+                return Err(Error::new(Kind::NotFound, format!("volume {id} is not published")));
+            }
+            let path = Path::new(&request.volume_publish_path).components().collect::<PathBuf>();
+            Ok(health_answer(id, self.volumes.health(id, &path).await?))
+        })
+        .await
+    }
+
     async fn node_get_capabilities(
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
@@ -137,6 +156,7 @@ impl node_server::Node for Node {
             rpc::Type::VolumeCondition,
             rpc::Type::SingleNodeMultiWriter,
             rpc::Type::VolumeMountGroup,
+            rpc::Type::GetVolumeHealth,
         ]
         .map(|rpc| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: rpc.into() })) });
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: capabilities.into() }))
@@ -162,7 +182,28 @@ fn stats_answer(stats: Stats) -> NodeGetVolumeStatsResponse {
         usage: usage.unwrap_or_default(),
         volume_condition: Some(VolumeCondition {
             abnormal: stats.abnormal.is_some(),
-            message: stats.abnormal.unwrap_or_else(|| "mounted, and its images are unchanged".into()),
+            message: match stats.abnormal {
+                Some(abnormal) => abnormal.message,
+                None => "mounted, and its images are unchanged".into(),
+            },
         }),
     }
+}
+
+/// The most bytes of a message of which Kubernetes takes the pod's status (`VolumeHealthCondition`).
+const LONGEST_MESSAGE: usize = 1024;
+
+pub(super) fn health_answer(id: &str, abnormal: Option<Abnormal>) -> NodeGetVolumeHealthResponse {
+    let entry = abnormal.map(|Abnormal { harm, reason, mut message }| {
+        let fits = |end: &usize| message.is_char_boundary(*end);
+        message.truncate((0..=LONGEST_MESSAGE.min(message.len())).rev().find(fits).unwrap_or(0));
+        let status = match harm {
+            Harm::Degraded => VolumeHealthErrorType::Degraded,
+            Harm::Inaccessible => VolumeHealthErrorType::Inaccessible,
+            Harm::DataLoss => VolumeHealthErrorType::DataLoss,
+        };
+        VolumeHealthEntry { status: status.into(), reason: reason.into(), message }
+    });
+    let health_statuses = entry.into_iter().collect();
+    NodeGetVolumeHealthResponse { volume_health: Some(VolumeHealth { volume_id: id.into(), health_statuses }) }
 }

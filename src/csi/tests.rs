@@ -11,14 +11,16 @@ use super::v1::controller_server::Controller as _;
 use super::v1::node_server::Node as _;
 use super::v1::volume_capability::access_mode::Mode;
 use super::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use super::v1::volume_health::VolumeHealthEntry;
 use super::v1::{
-    CreateVolumeRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeStageVolumeRequest,
-    NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ValidateVolumeCapabilitiesRequest, VolumeCapability,
+    CreateVolumeRequest, NodeGetVolumeHealthRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
+    NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ValidateVolumeCapabilitiesRequest,
+    VolumeCapability, VolumeHealthErrorType,
 };
 use super::{Controller, Node};
 use crate::kubernetes::Cluster;
 use crate::spec::policy::Policy;
-use crate::volume::fixture;
+use crate::volume::{Abnormal, fixture};
 
 /// The Node service, and the node that it serves.
 struct Service {
@@ -92,6 +94,45 @@ fn code(answer: Result<(), Status>) -> Code {
     answer.err().map_or(Code::Ok, |status| status.code())
 }
 
+/// What NodeGetVolumeHealth says of volume "v" at a path.
+async fn health(service: &Service, path: &str) -> Result<Vec<VolumeHealthEntry>, Status> {
+    let request = NodeGetVolumeHealthRequest {
+        volume_id: "v".into(),
+        volume_publish_path: path.into(),
+        staging_target_path: "/staging".into(),
+    };
+    let answer = service.service.node_get_volume_health(Request::new(request)).await?.into_inner();
+    Ok(answer.volume_health.unwrap().health_statuses)
+}
+
+#[tokio::test]
+async fn the_health_of_a_volume_says_what_is_wrong_for_programs_and_for_people() {
+    let service = Service::new().await;
+    service.stage(service.stage_request()).await.unwrap();
+    assert_eq!(health(&service, "").await.unwrap_err().code(), Code::NotFound);
+    service.publish(service.publish_request()).await.unwrap();
+    let target = service.node.target("pod");
+    let path = target.to_str().unwrap();
+    std::fs::write(service.node.kernel.export().join("next"), fixture::squashfs(4096)).unwrap();
+    let image = service.node.kernel.export().join("image.sqsh");
+    std::fs::rename(service.node.kernel.export().join("next"), image).unwrap();
+    let [replaced] = &health(&service, path).await.unwrap()[..] else { panic!("not one") };
+    assert_eq!((replaced.status(), replaced.reason.as_str()), (VolumeHealthErrorType::Degraded, "ImageReplaced"));
+    assert!(replaced.message.contains("was replaced on the server"), "{}", replaced.message);
+    service.node.kernel.take_off(&target);
+    let [unmounted] = &health(&service, path).await.unwrap()[..] else { panic!("not one") };
+    assert_eq!((unmounted.status(), unmounted.reason.as_str()), (VolumeHealthErrorType::Inaccessible, "NotMounted"));
+    service.unpublish("v", &target).await.unwrap();
+    assert_eq!(health(&service, path).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[test]
+fn what_is_said_of_a_volume_fits_into_the_status_of_a_pod() {
+    let message = "ä".repeat(1000);
+    let answer = super::node::health_answer("v", Some(Abnormal::degraded("ImageReplaced", message)));
+    assert_eq!(answer.volume_health.unwrap().health_statuses[0].message.len(), 1024);
+}
+
 #[tokio::test]
 async fn a_volume_is_staged_published_looked_at_unpublished_and_unstaged() {
     let service = Service::new().await;
@@ -106,6 +147,7 @@ async fn a_volume_is_staged_published_looked_at_unpublished_and_unstaged() {
     };
     let stats = service.service.node_get_volume_stats(Request::new(request)).await.unwrap().into_inner();
     assert_eq!((stats.usage.len(), stats.volume_condition.unwrap().abnormal), (2, false));
+    assert_eq!(health(&service, target.to_str().unwrap()).await.unwrap(), []);
     service.unpublish("v", &target).await.unwrap();
     let request = NodeUnstageVolumeRequest { volume_id: "v".into(), staging_target_path: "/staging".into() };
     service.service.node_unstage_volume(Request::new(request)).await.unwrap();

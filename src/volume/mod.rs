@@ -49,6 +49,7 @@
 //!
 //! What is learned of images is written by one thread at a time: that lock is taken by those that wait for the disk, who hold no other.
 
+mod abnormal;
 mod cache;
 #[cfg(test)]
 pub mod fixture;
@@ -66,6 +67,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use abnormal::{Abnormal, Harm};
 pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
 pub use report::{Observation, Stats, Usage, commit, status, try_overlay, waiting};
@@ -267,6 +269,11 @@ impl Volumes {
     /// See [`Report::stats`].
     pub async fn stats(&self, volume_id: &str, path: &Path) -> Result<Stats> {
         self.report.stats(volume_id, path).await
+    }
+
+    /// See [`Report::health`].
+    pub async fn health(&self, volume_id: &str, path: &Path) -> Result<Option<Abnormal>> {
+        self.report.health(volume_id, path).await
     }
 
     /// What this process and the kernel have at this moment. Asks no server.

@@ -515,7 +515,7 @@ async fn a_record_of_a_newer_version_costs_no_pod_its_scratch_layer_or_its_unmou
         assert!(error.message.contains("volume.json cannot be read: it is of version 99"), "{error}");
     }
     let stats = node.volumes.stats("v", &target).await.unwrap();
-    assert!(stats.usage.is_none() && stats.abnormal.unwrap().contains("version 99"));
+    assert!(stats.usage.is_none() && stats.abnormal.unwrap().message.contains("version 99"));
     let observed = node.volumes.observe().await.unwrap();
     assert_eq!((observed.unreadable_records, observed.abnormal), (1, 1));
 
@@ -618,7 +618,7 @@ async fn no_server_is_asked_for_a_volume_that_the_policy_does_not_allow_any_more
     node.policy("servers: [{host: elsewhere}]");
     node.log();
     let stats = node.volumes.stats("v", &target).await.unwrap();
-    assert!(stats.abnormal.unwrap().contains("server \"127.0.0.1\" is not allowed by the policy"));
+    assert!(stats.abnormal.unwrap().message.contains("server \"127.0.0.1\" is not allowed by the policy"));
     assert!(!node.log().iter().any(|call| call.starts_with("mount")));
     node.volumes.unpublish("v", &target).await.unwrap();
 }
@@ -658,7 +658,7 @@ async fn a_volume_that_is_not_mounted_any_more_is_abnormal() {
     assert_eq!(node.volumes.stats("w", &target).await.unwrap_err().kind, Kind::NotFound);
     node.kernel.take_off(&target);
     let stats = node.volumes.stats("v", &target).await.unwrap();
-    assert!(stats.usage.is_none() && stats.abnormal.unwrap().contains("not mounted any more"));
+    assert!(stats.usage.is_none() && stats.abnormal.unwrap().message.contains("not mounted any more"));
     assert_eq!(node.volumes.observe().await.unwrap().abnormal, 1);
 }
 
@@ -668,7 +668,7 @@ async fn an_image_that_was_replaced_on_the_server_is_told_in_words() {
     let target = node.publish("v", &node.overlay(DIRECTORY), "pod").await.unwrap();
     std::fs::write(node.kernel.export().join("next"), squashfs(4096)).unwrap();
     std::fs::rename(node.kernel.export().join("next"), node.kernel.export().join("image.sqsh")).unwrap();
-    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap().message;
     assert!(abnormal.starts_with("image image.sqsh of 127.0.0.1:/images was replaced on the server"), "{abnormal}");
 }
 
@@ -679,7 +679,7 @@ async fn an_image_of_the_node_that_was_replaced_is_told_in_words() {
     let target = node.publish("v", &node.image_of_the_node(""), "pod").await.unwrap();
     std::fs::write(&next, squashfs(4096)).unwrap();
     std::fs::rename(&next, &image).unwrap();
-    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap().message;
     let of = "image srv/image.sqsh of the node's root directory";
     assert!(abnormal.starts_with(&format!("{of} was replaced: this volume keeps")), "{abnormal}");
 }
@@ -692,7 +692,7 @@ async fn an_image_of_the_node_is_verified_and_what_does_not_fit_is_told() {
     let target = node.publish("v", &node.image_of_the_node(&format!(r#","verity":"{root}""#)), "pod").await.unwrap();
     assert!(node.log().contains(&format!("loop0: verified by {}", &root[..8])));
     node.kernel.corrupt();
-    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap();
+    let abnormal = node.volumes.stats("v", &target).await.unwrap().abnormal.unwrap().message;
     assert!(abnormal.contains("other bytes than its root hash says"), "{abnormal}");
     node.volumes.unpublish("v", &target).await.unwrap();
     node.assert_nothing_held().await;

@@ -12,6 +12,7 @@ use crate::kernel::image::Content;
 use crate::lock::lock;
 use crate::single_flight::Flights;
 use crate::spec::Loopback;
+use crate::volume::abnormal::{Abnormal, IMAGE_CORRUPTED, IMAGE_REPLACED, SERVER_SILENT};
 use crate::volume::record::Record;
 use crate::volume::source::{Device, Preparer, Unanswered};
 
@@ -44,10 +45,10 @@ impl Conditions {
         Conditions { preparer, answers: Arc::default(), questions: Flights::default(), reads: Mutex::default() }
     }
 
-    /// What is wrong with the images of a published volume, in a sentence; `None` where nothing is.
+    /// What is wrong with the images of a published volume; `None` where nothing is.
     ///
     /// Never waits longer than a few seconds for an image. Images inside of images cannot change by themselves and are not looked at.
-    pub async fn of(&self, record: &Record) -> Option<String> {
+    pub async fn of(&self, record: &Record) -> Option<Abnormal> {
         let below = self.preparer.devices_below(record.target.clone()).await.unwrap_or_else(|error| {
             // Nothing better is known then than what the server says.
             tracing::debug!(%error, "what a volume stands on is not known");
@@ -56,7 +57,7 @@ impl Conditions {
         for (image, attached) in &record.images {
             if image.is_replicated() {
                 if let Some(wrong) = self.of_replicated(image, attached, &below).await {
-                    return Some(format!("image {} of {} {wrong}", image.path, image.base));
+                    return Some(wrong.of(format_args!("image {} of {}", image.path, image.base)));
                 }
                 continue;
             }
@@ -66,14 +67,14 @@ impl Conditions {
                 None => continue,
             };
             if let Some(wrong) = self.of_image(image, attached, &below, on_server).await {
-                return Some(format!("image {} of {place} {wrong}", image.path));
+                return Some(wrong.of(format_args!("image {} of {place}", image.path)));
             }
         }
         None
     }
 
     /// The file on the server of its first path is looked at as that of an image which has one; of all servers it is told which are read.
-    async fn of_replicated(&self, image: &Loopback, attached: &Content, below: &[Device]) -> Option<String> {
+    async fn of_replicated(&self, image: &Loopback, attached: &Content, below: &[Device]) -> Option<Abnormal> {
         let device = below.iter().find(|device| device.is_of(image, *attached))?;
         let there = image.on(device.server);
         if let Some(trouble) = self.preparer.digest_trouble(&there, *attached).await {
@@ -100,30 +101,36 @@ impl Conditions {
         attached: &Content,
         below: &[Device],
         on_server: bool,
-    ) -> Option<String> {
+    ) -> Option<Abnormal> {
         let devices: Vec<_> = below.iter().filter(|device| device.is_of(image, *attached)).collect();
         if let Some(trouble) = self.preparer.digest_trouble(image, *attached).await {
             return Some(trouble);
         }
         if devices.iter().any(|device| device.is_corrupted) {
-            return Some(CORRUPTED.into());
+            return Some(Abnormal::data_loss(IMAGE_CORRUPTED, CORRUPTED));
         }
         let now = self.look_at(image).await;
         if now.as_ref().is_ok_and(|now| now == attached) {
             let hang = on_server && hang(&mut lock(&self.reads), &devices, Instant::now());
-            return hang.then(|| HANGS.into());
+            return hang.then(|| Abnormal::inaccessible(SERVER_SILENT, HANGS));
         }
         let is_local = !devices.is_empty() && devices.iter().all(|device| device.is_local());
         let place = if on_server { " on the server" } else { "" };
         match now {
             Ok(now) => changed(attached, &now, is_local, place),
-            Err(error) if error.kind == Kind::NotFound => Some(match (on_server, is_local) {
-                (_, true) => "is gone from the server: this volume goes on with its copy on this node".to_owned(),
-                (true, false) => "is gone from the server: what is not cached yet may be unreadable".to_owned(),
-                (false, false) => "is gone: this volume keeps the file; pods that start anew have none".to_owned(),
-            }),
+            Err(error) if error.kind == Kind::NotFound => {
+                let message = match (on_server, is_local) {
+                    (_, true) => "is gone from the server: this volume goes on with its copy on this node",
+                    (true, false) => "is gone from the server: what is not cached yet may be unreadable",
+                    (false, false) => "is gone: this volume keeps the file; pods that start anew have none",
+                };
+                Some(Abnormal::degraded("ImageRemoved", message))
+            }
             Err(_) if is_local => None,
-            Err(error) => Some(format!("cannot be looked at: {error}")),
+            Err(error) => {
+                let reason = if error.kind == Kind::Unavailable { SERVER_SILENT } else { "ImageUnreadable" };
+                Some(Abnormal::inaccessible(reason, format!("cannot be looked at: {error}")))
+            }
         }
     }
 
@@ -163,20 +170,23 @@ fn hang(unanswered: &mut Unanswered, devices: &[&Device], now: Instant) -> bool 
 }
 
 /// What became of an image, `place` being where: on the server, or nothing for one of the node.
-fn changed(attached: &Content, now: &Content, is_local: bool, place: &str) -> Option<String> {
+fn changed(attached: &Content, now: &Content, is_local: bool, place: &str) -> Option<Abnormal> {
     if attached == now {
         return None;
     }
     Some(if attached.inode != now.inode {
-        format!("was replaced{place}: this volume keeps the old file; pods that start anew get the new one")
+        let message = "this volume keeps the old file; pods that start anew get the new one";
+        Abnormal::degraded(IMAGE_REPLACED, format!("was replaced{place}: {message}"))
     } else if is_local {
-        format!(
-            "was written over{place}: this volume goes on with its copy on this node; pods that start anew get the new one"
-        )
+        let message = "this volume goes on with its copy on this node; pods that start anew get the new one";
+        Abnormal::degraded(IMAGE_REPLACED, format!("was written over{place}: {message}"))
     } else if now.size < attached.size {
-        format!("was truncated{place}, from {} to {} bytes: its content is damaged", attached.size, now.size)
+        let (before, now) = (attached.size, now.size);
+        let message = format!("was truncated{place}, from {before} to {now} bytes: its content is damaged");
+        Abnormal::data_loss("ImageTruncated", message)
     } else {
-        format!("was written over{place}: its content is damaged; publish a new version under a new file")
+        let message = "its content is damaged; publish a new version under a new file";
+        Abnormal::data_loss("ImageOverwritten", format!("was written over{place}: {message}"))
     })
 }
 
@@ -185,6 +195,7 @@ mod tests {
     use super::*;
     use crate::kernel::image::ImageIdentity;
     use crate::kernel::loop_device::Reads;
+    use crate::volume::abnormal::Harm;
 
     #[test]
     fn reads_that_get_no_answer_for_a_while_are_told_from_those_that_are_under_way() {
@@ -201,16 +212,20 @@ mod tests {
     }
 
     #[test]
-    fn each_way_in_which_an_image_can_change_has_its_words() {
+    fn each_way_in_which_an_image_can_change_has_its_words_and_its_harm() {
         let attached = Content { inode: 1, size: 100, modified: 5 };
-        let words = |now| changed(&attached, &now, false, " on the server").unwrap_or_default();
-        assert_eq!(words(attached), "");
+        let words = |now| changed(&attached, &now, false, " on the server").unwrap().message;
+        assert_eq!(changed(&attached, &attached, false, ""), None);
         assert!(words(Content { inode: 2, ..attached }).contains("replaced"));
         assert!(words(Content { size: 50, ..attached }).contains("truncated on the server, from 100 to 50"));
         assert!(words(Content { modified: 6, ..attached }).contains("its content is damaged"));
+        let damaged = changed(&attached, &Content { modified: 6, ..attached }, false, "").unwrap();
+        assert_eq!((damaged.harm, damaged.reason), (Harm::DataLoss, "ImageOverwritten"));
         let with_copy = changed(&attached, &Content { modified: 6, ..attached }, true, " on the server").unwrap();
+        assert_eq!((with_copy.harm, with_copy.reason), (Harm::Degraded, "ImageReplaced"));
+        let with_copy = with_copy.message;
         assert!(with_copy.contains("goes on with its copy"), "{with_copy}");
-        let of_the_node = changed(&attached, &Content { inode: 2, ..attached }, false, "").unwrap();
+        let of_the_node = changed(&attached, &Content { inode: 2, ..attached }, false, "").unwrap().message;
         assert!(of_the_node.starts_with("was replaced: "), "{of_the_node}");
     }
 }

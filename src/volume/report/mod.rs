@@ -20,6 +20,7 @@ pub use examine::try_overlay;
 pub use observe::Observation;
 pub use stats::{Stats, Usage};
 
+use super::abnormal::Abnormal;
 use super::record::Records;
 use super::source::Preparer;
 use super::source::mark::Mark;
@@ -36,7 +37,7 @@ pub struct Report {
     timeout: Duration,
     conditions: Conditions,
     /// What was wrong with published paths when they were last asked about.
-    abnormal: Mutex<HashMap<PathBuf, String>>,
+    abnormal: Mutex<HashMap<PathBuf, Abnormal>>,
 }
 
 impl Report {

@@ -1,10 +1,11 @@
 //! In words: by which of its servers an image is read.
 
 use crate::spec::Loopback;
+use crate::volume::abnormal::{Abnormal, IMAGE_CORRUPTED, SERVER_SILENT};
 use crate::volume::source::Paths;
 
 /// What is wrong with the paths of an image; `None` where it has one to each of its servers.
-pub fn trouble(paths: &Paths, image: &Loopback) -> Option<String> {
+pub fn trouble(paths: &Paths, image: &Loopback) -> Option<Abnormal> {
     let corrupted = paths.corrupted();
     let (mut read, mut lying, mut silent) = (Vec::new(), Vec::new(), Vec::new());
     for (server, there) in (0..).zip(image.on_each()) {
@@ -22,9 +23,9 @@ pub fn trouble(paths: &Paths, image: &Loopback) -> Option<String> {
         why.push(format!("{} does not answer, or has this file no more", silent.join(" and ")));
     }
     if !lying.is_empty() {
-        let lying = lying.join(" and ");
         why.push(format!(
-            "{lying} has other bytes than the root hash says, and is not asked again: put the image back there"
+            "{} has other bytes than the root hash says, and is not asked again: put the image back there",
+            lying.join(" and ")
         ));
     }
     let place = match (read.is_empty(), paths.queues) {
@@ -33,7 +34,12 @@ pub fn trouble(paths: &Paths, image: &Loopback) -> Option<String> {
         (true, true) => "is read from none of its servers: who reads waits".to_owned(),
         (true, false) => "is read from none of its servers: who reads gets errors".to_owned(),
     };
-    Some(format!("{place}: {}", why.join("; ")))
+    let reason = if lying.is_empty() { SERVER_SILENT } else { IMAGE_CORRUPTED };
+    let message = format!("{place}: {}", why.join("; "));
+    Some(match read.is_empty() {
+        true => Abnormal::inaccessible(reason, message),
+        false => Abnormal::degraded(reason, message),
+    })
 }
 
 #[cfg(test)]
@@ -62,17 +68,20 @@ mod tests {
         );
         let parsed = json::parse(&spec).unwrap();
         let image = parsed.mount().images()[0];
-        let told =
-            |each: Vec<ServerPath>, queues| trouble(&Paths { first: 0, queues, each }, image).unwrap_or_default();
+        let told = |each: Vec<ServerPath>, queues| {
+            let wrong = trouble(&Paths { first: 0, queues, each }, image);
+            wrong.map_or_else(String::new, |wrong| format!("{:?} {}: {}", wrong.harm, wrong.reason, wrong.message))
+        };
         assert_eq!(told(vec![path(0, false, false), path(1, false, false), path(2, false, false)], true), "");
         let some = told(vec![path(0, true, false), path(1, false, false), path(2, true, true)], true);
-        assert!(some.starts_with("is read from b alone: a does not answer"), "{some}");
+        assert!(some.starts_with("Degraded ImageCorrupted: is read from b alone: a does not answer"), "{some}");
         assert!(some.contains("; c has other bytes than the root hash says"), "{some}");
         // One that had no path from the beginning.
         assert!(told(vec![path(1, false, false), path(2, false, false)], true).contains("b and c alone: a does not"));
         let none = |queues| told(vec![path(0, true, false), path(1, true, false), path(2, true, false)], queues);
         assert!(
-            none(true).contains("who reads waits: a and b and c does not answer")
+            none(true)
+                .starts_with("Inaccessible ServerSilent: is read from none of its servers: who reads waits: a and b")
                 && none(false).contains("gets errors")
         );
     }

@@ -16,6 +16,7 @@ use crate::kernel;
 use crate::lock::lock;
 use crate::places::run_at;
 use crate::spec::Allowed;
+use crate::volume::abnormal::{Abnormal, SERVER_SILENT};
 use crate::volume::record::{Found, Record};
 
 /// The deepest directory of a scratch layer that is counted, and the most entries: a pod may make more than anyone wants to look at.
@@ -25,10 +26,9 @@ const ENTRIES: usize = 100_000;
 /// How one published volume is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stats {
-    /// Bytes and inodes; `None` where the volume is not mounted any more, or its server does not answer.
+    /// Bytes and inodes; `None` where the volume is not mounted any more, or its server does not answer, and where they were not asked for.
     pub usage: Option<(Usage, Usage)>,
-    /// What is wrong, in a sentence.
-    pub abnormal: Option<String>,
+    pub abnormal: Option<Abnormal>,
 }
 
 /// A number of bytes or of inodes.
@@ -45,33 +45,45 @@ impl Report {
     /// `NOT_FOUND` where this volume is not published at this path. Answered from the node's memory and disk, unless the
     /// spec shows plain NFS: then its server is asked first whether it is there.
     pub async fn stats(&self, volume_id: &str, path: &Path) -> Result<Stats> {
-        let stats = self.look_at_volume(volume_id, path).await?;
-        self.remember(volume_id, path, stats.abnormal.as_deref());
+        self.look_at_volume(volume_id, path, true).await
+    }
+
+    /// What is wrong with the volume at `path`: [`Report::stats`] without the usage, which costs a walk through the writable layer.
+    pub async fn health(&self, volume_id: &str, path: &Path) -> Result<Option<Abnormal>> {
+        Ok(self.look_at_volume(volume_id, path, false).await?.abnormal)
+    }
+
+    async fn look_at_volume(&self, volume_id: &str, path: &Path, measured: bool) -> Result<Stats> {
+        let stats = self.look_and_ask(volume_id, path, measured).await?;
+        self.remember(volume_id, path, stats.abnormal.as_ref());
         Ok(stats)
     }
 
     /// Few clusters show a volume's condition; the log and the metrics of the driver do.
-    fn remember(&self, volume_id: &str, path: &Path, now: Option<&str>) {
+    fn remember(&self, volume_id: &str, path: &Path, now: Option<&Abnormal>) {
         let before = {
             let mut abnormal = lock(&self.abnormal);
             match now {
-                Some(now) => abnormal.insert(path.to_owned(), now.to_owned()),
+                Some(now) => abnormal.insert(path.to_owned(), now.clone()),
                 None => abnormal.remove(path),
             }
         };
         match now {
-            _ if before.as_deref() == now => {}
-            Some(now) => tracing::warn!(volume_id, target = %path.display(), "abnormal: {now}"),
+            _ if before.as_ref() == now => {}
+            Some(Abnormal { reason, message, .. }) => {
+                tracing::warn!(volume_id, target = %path.display(), reason, "abnormal: {message}");
+            }
             None => tracing::info!(volume_id, target = %path.display(), "no longer abnormal"),
         }
     }
 
-    async fn look_at_volume(&self, volume_id: &str, path: &Path) -> Result<Stats> {
+    async fn look_and_ask(&self, volume_id: &str, path: &Path, measured: bool) -> Result<Stats> {
+        let abnormal = |abnormal| Ok(Stats { usage: None, abnormal: Some(abnormal) });
         let directory = self.records.of(path);
         let record = match blocking::run("read the record", move || directory.read()).await? {
             Found::Record(record) if record.volume_id == volume_id => record,
             Found::Unreadable(unreadable) if unreadable.may_be_of(volume_id) => {
-                return Ok(Stats { usage: None, abnormal: Some(unreadable.to_string()) });
+                return abnormal(Abnormal::degraded("RecordUnreadable", unreadable.to_string()));
             }
             Found::Record(_) | Found::Unreadable(_) | Found::Nothing => {
                 let message = format!("volume {volume_id} is not published at {}", path.display());
@@ -81,27 +93,29 @@ impl Report {
         // No server is asked that the policy does not allow any more.
         let mount = match Allowed::new(record.mount.clone(), self.preparer.policy(), record.namespace.as_deref()) {
             Ok(mount) => mount,
-            Err(error) => return Ok(Stats { usage: None, abnormal: Some(format!("mounted once, but now: {error}")) }),
+            Err(error) => {
+                return abnormal(Abnormal::degraded("NotAllowed", format!("mounted once, but now: {error}")));
+            }
         };
         let step = format!("look at {}", path.display());
-        let look = match tokio::time::timeout(self.timeout, self.look(&record, &mount, &step)).await {
+        let look = match tokio::time::timeout(self.timeout, self.look(&record, &mount, &step, measured)).await {
             Ok(look) => look?,
             Err(_) => {
                 let message = format!("{step}: no answer: is the NFS server up?");
                 return Err(Error::new(Kind::DeadlineExceeded, message));
             }
         };
-        Ok(match look {
-            Look::Mounted(usage) => Stats { usage: Some(usage), abnormal: self.conditions.of(&record).await },
+        match look {
+            Look::Mounted(usage) => Ok(Stats { usage, abnormal: self.conditions.of(&record).await }),
             Look::Unmounted => {
-                let abnormal = "published here, but not mounted any more: delete the pod to mount it again";
-                Stats { usage: None, abnormal: Some(abnormal.into()) }
+                let message = "published here, but not mounted any more: delete the pod to mount it again";
+                abnormal(Abnormal::inaccessible("NotMounted", message))
             }
-            Look::Silent(why) => Stats { usage: None, abnormal: Some(why) },
-        })
+            Look::Silent(why) => abnormal(Abnormal::inaccessible(SERVER_SILENT, why)),
+        }
     }
 
-    async fn look(&self, record: &Record, mount: &Allowed, step: &str) -> Result<Look> {
+    async fn look(&self, record: &Record, mount: &Allowed, step: &str, measured: bool) -> Result<Look> {
         let places = match self.preparer.probe_shown(mount).await {
             Ok(places) => places,
             Err(error) => return Ok(Look::Silent(error.message)),
@@ -111,7 +125,8 @@ impl Report {
         let counted = record.scratch.as_ref().filter(|_| record.mount.upper(record.read_only).size().is_none());
         let scratch = counted.map(|name| self.records.of(&path).scratch(name));
         let look = move || match kernel.is_mount(&path)? {
-            true => measure(&path, scratch.as_deref()).map(Look::Mounted),
+            true if measured => measure(&path, scratch.as_deref()).map(|usage| Look::Mounted(Some(usage))),
+            true => Ok(Look::Mounted(None)),
             false => Ok(Look::Unmounted),
         };
         run_at(places, step, look).await
@@ -120,8 +135,8 @@ impl Report {
 
 /// What a look at a published path found.
 enum Look {
-    /// Bytes and inodes.
-    Mounted((Usage, Usage)),
+    /// Bytes and inodes, where they were to be measured.
+    Mounted(Option<(Usage, Usage)>),
     Unmounted,
     /// A server of what the path shows does not answer.
     Silent(String),

@@ -15,6 +15,7 @@ use crate::kernel::image::{Content, Image};
 use crate::metrics;
 use crate::spec::Loopback;
 use crate::step::{self, Step};
+use crate::volume::abnormal::{Abnormal, IMAGE_CORRUPTED};
 use crate::volume::cache::{Cache, Entry, Name, Original, Source, other_bytes};
 
 /// How long a server may take to say what an image is, where there is a copy to begin with.
@@ -165,15 +166,17 @@ impl Preparer {
     }
 
     /// What is wrong with the digest of an image that a volume has, in a sentence: it turned out to be another, or nobody can look.
-    pub async fn digest_trouble(&self, image: &Loopback, content: Content) -> Option<String> {
+    pub async fn digest_trouble(&self, image: &Loopback, content: Content) -> Option<Abnormal> {
         let (Some(name), Some(_)) = (Name::of(image), image.digest) else { return None };
         let mut copies = self.cache.copies_of(&name).await.unwrap_or_default();
         copies.retain(|copy| copy.original.content() == content);
         if let Some(wrong) = copies.iter().find(|copy| !copy.has(image.digest)) {
-            return Some(format!("is not the one that is wanted: {}", other_bytes(wrong, image.digest)));
+            let message = format!("is not the one that is wanted: {}", other_bytes(wrong, image.digest));
+            return Some(Abnormal::data_loss(IMAGE_CORRUPTED, message));
         }
         let why = self.cache.failure(&name, content).filter(|_| copies.is_empty())?;
-        Some(format!("was not checked for the digest that the volume names, as it could not be copied: {why}"))
+        let message = format!("was not checked for the digest that the volume names, as it could not be copied: {why}");
+        Some(Abnormal::degraded("DigestUnchecked", message))
     }
 }
 

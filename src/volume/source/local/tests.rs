@@ -33,7 +33,12 @@ async fn unpublish(node: &Node, pod: &str) {
 }
 
 async fn condition(node: &Node, pod: &str) -> Option<String> {
-    node.volumes.stats(&format!("volume of {pod}"), &node.target(pod)).await.unwrap().abnormal
+    node.volumes
+        .stats(&format!("volume of {pod}"), &node.target(pod))
+        .await
+        .unwrap()
+        .abnormal
+        .map(|abnormal| abnormal.message)
 }
 
 const NODE: &[(&str, &str)] = &[("cache", "node")];

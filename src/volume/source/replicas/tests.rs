@@ -30,7 +30,7 @@ fn failed(node: &Node) -> Vec<bool> {
 }
 
 async fn condition(node: &Node, target: &Path) -> Option<String> {
-    node.volumes.stats("v", target).await.unwrap().abnormal
+    node.volumes.stats("v", target).await.unwrap().abnormal.map(|abnormal| abnormal.message)
 }
 
 #[tokio::test]
