@@ -15,7 +15,9 @@ use crate::volume::cache::Cache;
 
 /// For how long a path must be one before the kernel is told to go back to it.
 const WELL: Duration = Duration::from_secs(60);
-/// How soon a path that failed is looked after again, and how late at most where it fails each time.
+/// What fails sooner than this failed at once, and its server may have been no better than before.
+const AT_ONCE: Duration = Duration::from_secs(15);
+/// How soon a path that failed is looked after again, and how late at most where it fails at once each time.
 const SOON: Duration = Duration::from_secs(5);
 const LATEST: Duration = Duration::from_secs(300);
 
@@ -178,11 +180,11 @@ impl Trials {
     pub fn is_well(&mut self, path: (u32, u8), now: Instant) -> bool {
         let trial = self.of(path, now);
         trial.is_gone = false;
-        let is_well = now.duration_since(*trial.well_since.get_or_insert(now)) >= WELL;
-        if is_well {
+        let well = now.duration_since(*trial.well_since.get_or_insert(now));
+        if well >= AT_ONCE {
             trial.times = 0;
         }
-        is_well
+        well >= WELL
     }
 }
 
@@ -191,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_that_fails_each_time_is_tried_less_and_less_often_until_it_was_well_for_a_while() {
+    fn a_path_that_fails_at_once_each_time_is_tried_less_and_less_often_until_it_is_one_for_longer() {
         let (mut trials, start, path) = (Trials::default(), Instant::now(), (3, 0));
         let mut tried = Vec::new();
         for second in 0..1000 {
@@ -203,7 +205,10 @@ mod tests {
         }
         assert_eq!(tried, [0, 5, 15, 35, 75, 155, 315, 615, 915]);
         let now = start + Duration::from_secs(1000);
-        assert!(!trials.is_well(path, now) && !trials.is_well(path, now + WELL - SOON));
-        assert!(trials.is_well(path, now + WELL) && trials.of(path, now).times == 0);
+        assert!(!trials.is_well(path, now) && !trials.is_well(path, now + AT_ONCE - SOON));
+        assert_ne!(trials.times(path), 0);
+        assert!(!trials.is_well(path, now + AT_ONCE) && trials.times(path) == 0);
+        // The kernel goes back to it later than that.
+        assert!(!trials.is_well(path, now + WELL - SOON) && trials.is_well(path, now + WELL));
     }
 }
