@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::mount::{MountAttrFlags, NewMount};
+use super::mount::NewMount;
 use super::sif;
 
 /// How much of an image is read to look at its superblock.
@@ -42,19 +42,20 @@ impl FileSystem {
     }
 
     /// A mount of the file system on a block device. Reads the device where none of its mounts is left.
-    pub fn on(self, device: &Path, no_exec: bool) -> NewMount {
+    ///
+    /// Its superblock is read-only, and the mount has no flags: a user namespace would lock them.
+    pub fn on(self, device: &Path) -> NewMount {
         let name = self.kernel_name();
-        let new = NewMount::new(name, format!("{name} on {}", device.display()));
-        let new = new.set("source", device.display()).read_only();
-        let new = match self {
+        let new = NewMount::new(name, format!("{name} on {}", device.display())).unrestricted();
+        let new = new.set("source", device.display()).flag("ro");
+        match self {
             FileSystem::Squashfs | FileSystem::Sif | FileSystem::Erofs => new,
             // A journal is replayed by writing, and an image is never written. An image may ask for a panic of the node at its first
             // error; an option has the last word.
             FileSystem::Ext4 => new.flag("noload").set("errors", "continue"),
             // Copies of one image have the same UUID.
             FileSystem::Xfs => new.flag("norecovery").flag("nouuid"),
-        };
-        if no_exec { new.with(MountAttrFlags::MOUNT_ATTR_NOEXEC) } else { new }
+        }
     }
 
     /// The file system whose superblock is in `head`, the first [`SUPERBLOCK`] bytes of an image.
@@ -100,12 +101,12 @@ mod tests {
     #[test]
     fn no_file_system_is_ever_written_to_and_what_an_image_asks_for_is_overruled() {
         for file_system in FileSystem::ALL {
-            let new = file_system.on(Path::new("/dev/loop3"), false);
+            let new = file_system.on(Path::new("/dev/loop3"));
             assert!(new.options.contains(&("ro".into(), None)), "{new:?}");
-            assert_eq!(new.attributes, super::super::mount::CONFINED | MountAttrFlags::MOUNT_ATTR_RDONLY);
+            assert!(new.attributes.is_empty(), "{new:?}");
         }
         let options = |file_system: FileSystem| {
-            let options = file_system.on(Path::new("/dev/loop3"), true).options.into_iter();
+            let options = file_system.on(Path::new("/dev/loop3")).options.into_iter();
             options.map(|(key, value)| value.map_or(key.clone(), |value| format!("{key}={value}"))).collect::<Vec<_>>()
         };
         assert_eq!(options(FileSystem::Squashfs), ["source=/dev/loop3", "ro"]);

@@ -58,6 +58,11 @@ impl NewMount {
         self.flag("ro").with(MountAttrFlags::MOUNT_ATTR_RDONLY)
     }
 
+    /// Without any flag of its own.
+    pub fn unrestricted(self) -> Self {
+        NewMount { attributes: MountAttrFlags::empty(), ..self }
+    }
+
     pub fn with(mut self, attributes: MountAttrFlags) -> Self {
         self.attributes |= attributes;
         self

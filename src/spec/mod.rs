@@ -156,9 +156,38 @@ impl fmt::Display for NfsOption {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Attach {
     pub fs_type: FsType,
-    /// `noexec` was among the mount options.
-    pub no_exec: bool,
+    pub flags: MountFlags,
     pub device: Device,
+}
+
+/// What the mount options of an image take from who uses it. Without them its mount has none of these flags: what a container's user
+/// namespace locks, its runtime could not mount otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct MountFlags {
+    /// `noexec`
+    pub no_exec: bool,
+    /// `nosuid`
+    pub no_suid: bool,
+    /// `nodev`
+    pub no_dev: bool,
+}
+
+impl MountFlags {
+    /// Those that one of both has.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        MountFlags {
+            no_exec: self.no_exec || other.no_exec,
+            no_suid: self.no_suid || other.no_suid,
+            no_dev: self.no_dev || other.no_dev,
+        }
+    }
+
+    /// As mount(8) spells them.
+    pub fn words(self) -> impl Iterator<Item = &'static str> {
+        let all = [(self.no_suid, "nosuid"), (self.no_dev, "nodev"), (self.no_exec, "noexec")];
+        all.into_iter().filter_map(|(is_set, word)| is_set.then_some(word))
+    }
 }
 
 /// The file systems an image may hold, `sif` being a squashfs in an image of Apptainer.

@@ -2,7 +2,7 @@
 //! options of nfs(5), the protocol version among them, mixed with words of mount(8).
 
 use super::error::{SpecError, quote};
-use super::{Mount, NfsOption, NfsVersion, options};
+use super::{Mount, MountFlags, NfsOption, NfsVersion, options};
 
 /// The parameter that errors of this module name.
 pub(super) const PARAMETER: &str = "mountOptions";
@@ -16,8 +16,8 @@ pub(super) struct MountOptions {
     pub nfs: Vec<NfsOption>,
     /// `ro`: exports are mounted read-only, whatever the spec says.
     pub read_only: bool,
-    /// `noexec`: images are mounted with it.
-    pub no_exec: bool,
+    /// Images are mounted with these.
+    pub flags: MountFlags,
 }
 
 impl MountOptions {
@@ -51,7 +51,7 @@ impl MountOptions {
         let for_nfs = self.version.is_some() || !self.nfs.is_empty();
         let unused = if for_nfs && exports == 0 {
             "these are options of NFS, and nothing in the spec is NFS"
-        } else if self.no_exec && images == 0 {
+        } else if self.flags.no_exec && images == 0 {
             "\"noexec\" is for images, and there is none in the spec"
         } else {
             return Ok(());
@@ -68,22 +68,20 @@ const HELD: &[&str] = &[
     "fg",
     "intr",
     "noatime",
-    "nodev",
     "nodiratime",
     "nofail",
     "nointr",
-    "nosuid",
     "relatime",
     "sharecache",
 ];
 
 /// Words of mount(8) that ask for what a volume does not get.
 const REFUSED: &[(&str, &str)] = &[
-    ("dev", "volumes are mounted nodev"),
+    ("dev", "exports are mounted nodev, and images only where \"nodev\" is set"),
     ("exec", "files are executable unless \"noexec\" is set"),
     ("rw", "images are read-only: for a writable volume set \"overlay\""),
     ("strictatime", "volumes keep no access times"),
-    ("suid", "volumes are mounted nosuid"),
+    ("suid", "exports are mounted nosuid, and images only where \"nosuid\" is set"),
     ("sync", "images are never written to"),
 ];
 
@@ -96,7 +94,9 @@ pub(super) fn parse(texts: &[String]) -> Result<MountOptions, SpecError> {
         let (key, value) = text.split_once('=').unwrap_or((text, ""));
         match key {
             "ro" if key == text => parsed.read_only = true,
-            "noexec" if key == text => parsed.no_exec = true,
+            "noexec" if key == text => parsed.flags.no_exec = true,
+            "nosuid" if key == text => parsed.flags.no_suid = true,
+            "nodev" if key == text => parsed.flags.no_dev = true,
             "vers" | "nfsvers" => set_version(&mut parsed.version, value).map_err(invalid)?,
             "v3" | "v4" | "v4.0" | "v4.1" | "v4.2" if key == text => {
                 set_version(&mut parsed.version, &key[1..]).map_err(invalid)?;
@@ -176,9 +176,9 @@ mod tests {
     }
 
     #[test]
-    fn ro_and_noexec_have_an_effect() {
-        let parsed = read(&["ro", "noexec"]).unwrap();
-        assert!(parsed.read_only && parsed.no_exec);
+    fn ro_and_the_flags_of_images_have_an_effect() {
+        let parsed = read(&["ro", "noexec", "nosuid,nodev"]).unwrap();
+        assert!(parsed.read_only && parsed.flags.words().eq(["nosuid", "nodev", "noexec"]));
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
     let image = text::relative(&format!("{directory}/{image}")).map_err(at("image"))?;
     let image = Mount::Attach(Attach {
         fs_type: get("fsType").map_or(Ok(FsType::Squashfs), FsType::parse).map_err(at("fsType"))?,
-        no_exec: options.no_exec,
+        flags: options.flags,
         device: Device::Loopback(Loopback::new(image, base)),
     });
     let mount = match overlay(get("overlay"), get("overlaySize"))? {

@@ -17,7 +17,7 @@ pub fn plan(mount: &Mount) -> Vec<String> {
 fn add(steps: &mut Vec<String>, mount: &Mount) {
     match mount {
         Mount::Attach(attach) => {
-            let exec = if attach.no_exec { ",noexec" } else { "" };
+            let flags = ["ro"].into_iter().chain(attach.flags.words()).collect::<Vec<_>>().join(",");
             let fs_type = match attach.fs_type {
                 FsType::Sif => FsType::Squashfs,
                 other => other,
@@ -32,7 +32,7 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                         steps.extend(loopback.verity.map(|_| {
                             "verify each block of them by the root hashes of the index, which is signed".to_owned()
                         }));
-                        steps.push(format!("mount each: {fs_type} (ro,nosuid,nodev{exec})"));
+                        steps.push(format!("mount each: {fs_type} ({flags})"));
                         steps.push("stack overlay: the layers, upper: none".to_owned());
                         return;
                     }
@@ -51,7 +51,7 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                 }
                 Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
             }
-            steps.push(format!("mount {fs_type} (ro,nosuid,nodev{exec})"));
+            steps.push(format!("mount {fs_type} ({flags})"));
         }
         Mount::Bind(bind) => add_bind(steps, bind, mount.is_writable()),
         Mount::Nfs(nfs) => {
@@ -115,7 +115,7 @@ mod tests {
                 "mount NFS 192.168.3.253:/images (nfs 4.2, ro) out of the host's sight",
                 "open image.sqsh beneath it",
                 "attach it read-only to a loop device",
-                "mount squashfs (ro,nosuid,nodev)",
+                "mount squashfs (ro)",
                 "stack overlay: 1 lower, upper: directory",
                 "attach at the target",
             ]
@@ -133,7 +133,7 @@ mod tests {
                 "open image.sqsh beneath each",
                 "attach each read-only to a loop device",
                 JOIN,
-                "mount squashfs (ro,nosuid,nodev)",
+                "mount squashfs (ro)",
                 "stack overlay: 1 lower, upper: directory",
                 "attach at the target",
             ]
@@ -149,7 +149,7 @@ mod tests {
             [
                 "open /lustre/a.sif of the node",
                 "attach the squashfs in it read-only to a loop device",
-                "mount squashfs (ro,nosuid,nodev)",
+                "mount squashfs (ro)",
                 "attach at the target",
             ]
         );
@@ -167,7 +167,7 @@ mod tests {
             [
                 "bind /etc of the node (ro,nosuid,nodev)",
                 "open the block device /dev/sda read-only",
-                "mount xfs (ro,nosuid,nodev,noexec)",
+                "mount xfs (ro,noexec)",
                 "bind recursively opt beneath it (ro,nosuid,nodev)",
                 "mount NFS [fd00::1]:/a (nfs 3, rw, hard) out of the host's sight",
                 "stack overlay: 3 lower, upper: tmpfs of 1000 bytes",

@@ -11,8 +11,8 @@ use super::parameters::parse_attributes;
 use super::policy::Policy;
 use super::replicas::MAX_SERVERS;
 use super::{
-    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper, json,
-    options, schema, template, text,
+    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, Mount, MountFlags, Nfs, NfsVersion, Overlay, Symlinks,
+    Upper, json, options, schema, template, text,
 };
 
 /// The JSON form of a mount, which the driver itself never writes.
@@ -29,7 +29,7 @@ fn to_json(mount: &Mount) -> Value {
                     json!({ "kind": "loopback", "loopback": based(&file.path, &file.base) })
                 }
             };
-            let options: &[&str] = if attach.no_exec { &["noexec"] } else { &[] };
+            let options: Vec<_> = attach.flags.words().collect();
             json!({ "kind": "attach", "attach": {
                 "fs_type": attach.fs_type.as_str(), "mount_options": options, "attach": device,
             } })
@@ -90,7 +90,7 @@ fn replicated() -> impl Strategy<Value = Mount> {
                 false => base,
             };
             let device = Device::Loopback(Loopback::new("i".to_owned(), base));
-            Mount::Attach(Attach { fs_type, no_exec: false, device })
+            Mount::Attach(Attach { fs_type, flags: MountFlags::default(), device })
         },
     )
 }
@@ -106,9 +106,11 @@ fn layer() -> impl Strategy<Value = Mount> {
             (path, base.clone(), any::<bool>(), any::<bool>()).prop_map(|(path, base, recursive, read_only)| {
                 Mount::Bind(Bind { path, symlinks: Symlinks::Follow, base, recursive, read_only })
             }),
-            (path, base, select(&FsType::ALL[..]), any::<bool>()).prop_map(|(path, base, fs_type, no_exec)| {
+            (path, base, select(&FsType::ALL[..]), any::<[bool; 3]>()).prop_map(|(path, base, fs_type, flags)| {
+                let [no_exec, no_suid, no_dev] = flags;
+                let flags = MountFlags { no_exec, no_suid, no_dev };
                 let device = Device::Loopback(Loopback::new(path, base));
-                Mount::Attach(Attach { fs_type, no_exec, device })
+                Mount::Attach(Attach { fs_type, flags, device })
             }),
         ]
     })

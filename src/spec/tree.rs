@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Attach, Base, Bind, Device, FsType, Loopback, Mount, Nfs, Overlay, Symlinks, Upper};
+use super::{Attach, Base, Bind, Device, FsType, Loopback, Mount, MountFlags, Nfs, Overlay, Symlinks, Upper};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -15,9 +15,12 @@ impl Mount {
         }
     }
 
-    /// Whether the published path must refuse to execute files: one image with `noexec` is enough.
-    pub fn is_no_exec(&self) -> bool {
-        self.shown().iter().any(|mount| matches!(mount, Mount::Attach(Attach { no_exec: true, .. })))
+    /// The flags of the published path: those that one of its images has.
+    pub fn flags(&self) -> MountFlags {
+        self.shown().iter().fold(MountFlags::default(), |flags, mount| match mount {
+            Mount::Attach(attach) => flags.or(attach.flags),
+            Mount::Bind(_) | Mount::Nfs(_) | Mount::Overlay(_) => flags,
+        })
     }
 
     /// The mounts whose files the published path shows: not those that only hold an image.

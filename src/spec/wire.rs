@@ -54,8 +54,8 @@ pub(super) enum MountKind {
 pub(super) struct MountAttach {
     #[serde(deserialize_with = "word")]
     pub fs_type: FsType,
-    /// All but `noexec` hold anyway: `ro`, `nosuid` and `nodev` always, and a read-only file system keeps no access
-    /// times.
+    /// `noexec`, `nosuid` and `nodev` are set where asked for. The others hold anyway: `ro` always, and a read-only file system
+    /// keeps no access times.
     #[serde(default, deserialize_with = "words")]
     pub mount_options: Vec<AttachOption>,
     pub attach: Object<Device>,

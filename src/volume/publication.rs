@@ -25,6 +25,10 @@ impl Publication {
         let volume_id = by_hand(&target);
         Publication { volume_id, target, mount, read_only, namespace: None, group: None, exclusive: false }
     }
+
+    pub fn is_by_hand(&self) -> bool {
+        self.volume_id == by_hand(&self.target)
+    }
 }
 
 /// The volume ID of what a person mounted at `target`.

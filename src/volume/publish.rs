@@ -13,7 +13,7 @@ use super::source::{Prepared, Storage, UpperLayer, build};
 use super::{RELEASE_PATIENCE, Volumes, release};
 use crate::blocking::{self, measured};
 use crate::error::{Error, Kind, Result};
-use crate::kernel::mount::{DetachedMount, MountAttrFlags, open_directory};
+use crate::kernel::mount::{CONFINED, DetachedMount, MountAttrFlags, open_directory};
 use crate::lock::lock;
 use crate::places::run_at;
 use crate::spec::Upper;
@@ -116,15 +116,20 @@ impl Volumes {
         upper: Option<&UpperLayer>,
     ) -> Result<DetachedMount> {
         let mount = build(held, &*self.kernel, upper)?;
-        let mut attributes = MountAttrFlags::empty();
-        if publication.read_only {
-            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-        }
-        // An overlay runs files of all its layers.
-        if publication.mount.is_no_exec() {
-            attributes |= MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        }
-        if !attributes.is_empty() {
+        let flags = publication.mount.flags();
+        let attributes = [
+            // An image is so by its superblock. A flag of its mount is one that a user namespace locks, and a container there asks for it
+            // without.
+            (publication.read_only && !(upper.is_none() && held.is_image()), MountAttrFlags::MOUNT_ATTR_RDONLY),
+            // An overlay runs files of all its layers.
+            (flags.no_exec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+            (flags.no_suid, MountAttrFlags::MOUNT_ATTR_NOSUID),
+            (flags.no_dev, MountAttrFlags::MOUNT_ATTR_NODEV),
+            // All users of the node may come there.
+            (publication.is_by_hand(), CONFINED),
+        ];
+        let attributes = attributes.into_iter().filter_map(|(is_set, attribute)| is_set.then_some(attribute)).collect();
+        if attributes != MountAttrFlags::empty() {
             self.kernel.restrict(&mount, attributes)?;
         }
         Ok(mount)

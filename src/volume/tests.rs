@@ -26,7 +26,7 @@ const STAGED: [&str; 4] = [
     "mount nfs4 source=127.0.0.1:/images,vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,port=PORT,ro [ro,nosuid,nodev]",
     "attach 127.0.0.1:/images (nfs 4.2, 127.0.0.1) at namespace/nfs-N",
     "loop0: an image of 4096 bytes",
-    "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]",
+    "mount squashfs source=/dev/loop0,ro []",
 ];
 
 #[tokio::test]
@@ -49,8 +49,7 @@ async fn a_staged_image_is_published_by_one_mount_and_attached_last() {
     node.volumes.stage("v", &node.allowed(&node.image(""))).await.unwrap();
     node.log();
     let target = node.publish("v", &node.image(""), "pod").await.unwrap();
-    let calls =
-        ["mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]", "attach squashfs on /dev/loop0 at pods/pod/mount"];
+    let calls = ["mount squashfs source=/dev/loop0,ro []", "attach squashfs on /dev/loop0 at pods/pod/mount"];
     assert_eq!(node.log(), calls);
     assert_eq!(node.publish("v", &node.image(""), "pod").await.unwrap(), target);
     assert_eq!(node.log(), [""; 0], "publishing the same again is no work");
@@ -70,7 +69,7 @@ async fn an_overlay_is_put_together_out_of_sight_with_its_upper_on_the_disk() {
     let calls = node.log();
     assert_eq!(calls[..4], STAGED);
     let [image, upper, one, two, overlay, rest @ ..] = &calls[4..] else { panic!("{calls:?}") };
-    assert_eq!(image, "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]");
+    assert_eq!(image, "mount squashfs source=/dev/loop0,ro []");
     assert!(upper.starts_with("bind data/published/") && upper.ends_with(" [nosuid,nodev]"), "{upper}");
     assert_eq!(one, "attach squashfs on /dev/loop0 at namespace/build-N/0-loop0");
     assert_eq!(two, "attach directory at namespace/build-N/upper");
@@ -128,19 +127,24 @@ async fn an_upper_with_a_size_is_a_file_system_in_a_file() {
 }
 
 #[tokio::test]
-async fn what_is_asked_for_read_only_or_without_execution_has_it_on_the_mount() {
+async fn an_image_has_the_flags_that_are_asked_for_and_no_others() {
     let node = Node::new().await;
     let publish = async |spec: String, pod: &str, read_only| {
         let publication = Publication { read_only, ..node.publication(pod, &spec, pod) };
         node.volumes.publish(publication, false).await.unwrap();
         node.log().into_iter().filter(|call| call.starts_with("restrict")).collect::<Vec<_>>()
     };
-    // The kernel refuses an overlay of one layer alone, and nothing is written to it.
+    // The kernel refuses an overlay of one layer alone, and nothing is written to it: its superblock is read-only.
     let tmpfs = node.overlay(r#"{"kind":"tmpfs","size":"1Mi"}"#);
-    assert_eq!(publish(tmpfs.clone(), "a", true).await, ["restrict squashfs on /dev/loop0 [ro]"]);
+    assert_eq!(publish(tmpfs.clone(), "a", true).await, [""; 0]);
     assert_eq!(publish(tmpfs, "b", false).await, [""; 0]);
-    let no_exec = node.image(r#","mount_options":["noexec"]"#);
-    assert_eq!(publish(no_exec, "c", false).await, ["restrict squashfs on /dev/loop0 [noexec]"]);
+    let flags = node.image(r#","mount_options":["noexec","nosuid","nodev"]"#);
+    assert_eq!(publish(flags, "c", false).await, ["restrict squashfs on /dev/loop0 [nosuid,nodev,noexec]"]);
+    // Where somebody mounts one by hand, anybody on the node may come.
+    let mount = node.publication("d", &node.image(""), "d");
+    let by_hand = Publication { volume_id: by_hand(&mount.target), ..mount };
+    node.volumes.publish(by_hand, false).await.unwrap();
+    assert!(node.log().contains(&"restrict squashfs on /dev/loop0 [nosuid,nodev]".to_owned()));
 }
 
 #[tokio::test]
@@ -595,7 +599,7 @@ async fn a_staged_volume_is_published_after_a_restart_without_its_server_and_wit
     wait_for(|| node.kernel.left_in_namespace().is_empty(), || "the export is still mounted".into()).await;
     node.log();
     node.publish("v", &node.image(""), "new").await.unwrap();
-    let mount = "mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]";
+    let mount = "mount squashfs source=/dev/loop0,ro []";
     assert_eq!(node.log(), [mount, mount, "attach squashfs on /dev/loop0 at pods/new/mount"]);
     drop(held);
     assert_eq!(node.kernel.live_loop_devices(), [0], "the volume is staged again");
@@ -708,7 +712,7 @@ async fn of_a_sif_a_part_is_attached_and_found_again_by_the_next_process() {
     node.publish("v", &of_sif, "pod").await.unwrap();
     let log = node.log();
     assert!(log.contains(&"loop0: 4096 bytes at 36864 of an image of 40960 bytes".to_owned()), "{log:?}");
-    assert!(log.contains(&"mount squashfs source=/dev/loop0,ro [ro,nosuid,nodev]".to_owned()), "{log:?}");
+    assert!(log.contains(&"mount squashfs source=/dev/loop0,ro []".to_owned()), "{log:?}");
     let error = node.publish("w", &of_squashfs, "other").await.unwrap_err();
     assert!(error.message.contains("it is sif; name that as the file system type"), "{error}");
     // What the mount of the pod holds.

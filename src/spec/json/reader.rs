@@ -6,8 +6,8 @@ use crate::spec::mount_options::MountOptions;
 use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
-    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay,
-    Symlinks, Upper, Verity, options, quantity, replicas, text,
+    Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, MountFlags, Nfs, NfsVersion,
+    Overlay, Symlinks, Upper, Verity, options, quantity, replicas, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -83,7 +83,11 @@ impl<'a> Reader<'a> {
         }
         Ok(Attach {
             fs_type: wire.fs_type,
-            no_exec: self.options.no_exec || wire.mount_options.contains(&AttachOption::NoExec),
+            flags: self.options.flags.or(MountFlags {
+                no_exec: wire.mount_options.contains(&AttachOption::NoExec),
+                no_suid: wire.mount_options.contains(&AttachOption::NoSuid),
+                no_dev: wire.mount_options.contains(&AttachOption::NoDev),
+            }),
             device,
         })
     }

@@ -1,8 +1,8 @@
 use super::*;
 use crate::spec::error::ErrorKind;
 use crate::spec::{
-    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Upper,
-    mount_options,
+    Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, MountFlags, Nfs, NfsVersion,
+    Overlay, Upper, mount_options,
 };
 
 const SEED: &str = include_str!("../testdata/nfs-loopback.json");
@@ -33,7 +33,7 @@ fn the_image_api_s_own_example_is_read() {
     let base = Base::Mount(Box::new(Mount::Nfs(nfs)));
     let image = Mount::Attach(Attach {
         fs_type: FsType::Squashfs,
-        no_exec: false,
+        flags: MountFlags::default(),
         device: Device::Loopback(Loopback::new("image.sqsh".to_owned(), base)),
     });
     let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::default() });
@@ -77,9 +77,10 @@ fn uppers_are_ours() {
 }
 
 #[test]
-fn noexec_is_kept() {
-    let text = spec("IMAGE").replace(r#""attach":{"kind""#, r#""mount_options":["noexec"],"attach":{"kind""#);
-    assert!(parse(&text).unwrap().mount().is_no_exec());
+fn the_flags_of_images_are_kept() {
+    let options = r#""mount_options":["noexec","ro","nodev"],"attach":{"kind""#;
+    let text = spec("IMAGE").replace(r#""attach":{"kind""#, options);
+    assert!(parse(&text).unwrap().mount().flags().words().eq(["nodev", "noexec"]));
 }
 
 #[test]
@@ -104,7 +105,7 @@ fn what_the_image_api_returns_is_ignored_with_a_warning() {
 fn mount_options_reach_every_export_and_image() {
     let options = mount_options::parse(&["vers=4.1", "hard", "ro", "noexec"].map(ToOwned::to_owned));
     let mount = parse_with(&spec("IMAGE"), &options.unwrap()).unwrap().mount().clone();
-    assert!(mount.is_no_exec());
+    assert!(mount.flags().no_exec);
     mount
         .try_visit::<()>(&mut |_, mount| {
             if let Mount::Nfs(nfs) = mount {

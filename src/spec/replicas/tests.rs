@@ -171,7 +171,11 @@ fn a_volume_names_its_image_on_each_of_its_servers() {
     let mount = mount(&image("squashfs", &bind(&nfs("a,b", ""))));
     assert_eq!(mount.images()[0].on_each().len(), 2);
     for image in mount.images()[0].on_each() {
-        let alone = Attach { fs_type: FsType::Squashfs, no_exec: false, device: Device::Loopback(image) };
+        let alone = Attach {
+            fs_type: FsType::Squashfs,
+            flags: crate::spec::MountFlags::default(),
+            device: Device::Loopback(image),
+        };
         assert_eq!(Location::of(&Mount::Attach(alone)), Location::of(&mount));
     }
     assert_eq!(Location::of(&mount)[0].path, "/images/team/i");

@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks, index};
 
 /// What is written.
-const VERSION: u32 = 8;
+const VERSION: u32 = 9;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -43,6 +43,12 @@ pub enum Mount {
         /// `sif` from version 7 on.
         fs_type: String,
         no_exec: bool,
+        /// From version 9 on.
+        #[serde(default)]
+        no_suid: bool,
+        /// From version 9 on.
+        #[serde(default)]
+        no_dev: bool,
         device: Device,
     },
     Bind {
@@ -234,9 +240,11 @@ impl Text {
 impl Mount {
     pub fn of(mount: &spec::Mount, images: &Images) -> Mount {
         match mount {
-            spec::Mount::Attach(spec::Attach { fs_type, no_exec, device }) => Mount::Attach {
+            spec::Mount::Attach(spec::Attach { fs_type, flags, device }) => Mount::Attach {
                 fs_type: fs_type.as_str().to_owned(),
-                no_exec: *no_exec,
+                no_exec: flags.no_exec,
+                no_suid: flags.no_suid,
+                no_dev: flags.no_dev,
                 device: match device {
                     spec::Device::Local { path } => Device::Local { path: path.clone() },
                     spec::Device::Loopback(image) => Device::Loopback(Loopback {
@@ -317,9 +325,9 @@ impl Mount {
 
     pub fn spec(self, images: &mut Images) -> Result<spec::Mount, String> {
         Ok(match self {
-            Mount::Attach { fs_type, no_exec, device } => spec::Mount::Attach(spec::Attach {
+            Mount::Attach { fs_type, no_exec, no_suid, no_dev, device } => spec::Mount::Attach(spec::Attach {
                 fs_type: spec::FsType::parse(&fs_type)?,
-                no_exec,
+                flags: spec::MountFlags { no_exec, no_suid, no_dev },
                 device: match device {
                     Device::Local { path } => spec::Device::Local { path },
                     Device::Loopback(image) => {

@@ -38,8 +38,8 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
         Prepared::Nfs { mount, directory, read_only } => {
             in_namespace(kernel, || kernel.bind(mount.open(directory)?.as_fd(), false, attributes(*read_only)))?
         }
-        Prepared::FileSystem { device, file_system, no_exec } => {
-            let new = file_system.on(&device.path(), *no_exec).about(device.subject());
+        Prepared::FileSystem { device, file_system } => {
+            let new = file_system.on(&device.path()).about(device.subject());
             measured(file_system.kernel_name(), || kernel.mount(new))
         }
         // What is the node's own is shown to pods, and never given to them.
@@ -48,12 +48,13 @@ pub fn build(prepared: &Prepared, kernel: &dyn Kernel, upper: Option<&UpperLayer
             kernel.bind(directory.as_fd(), *recursive, attributes(true))
         }
         Prepared::Bind { base: PreparedBase::Mount(base), path, symlinks, recursive, read_only } => {
+            let flags = if base.is_image() { MountAttrFlags::empty() } else { attributes(*read_only) };
             let base = build(base, kernel, None)?;
             in_namespace(kernel, || {
                 let workspace = Workspace::new(kernel)?;
                 workspace.attach("base", &base)?;
                 let directory = open_directory_beneath(&base, path, *symlinks)?;
-                kernel.bind(directory.as_fd(), *recursive, attributes(*read_only))
+                kernel.bind(directory.as_fd(), *recursive, flags)
             })?
         }
         Prepared::Overlay { lower, source } => {

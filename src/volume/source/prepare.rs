@@ -156,17 +156,17 @@ impl Preparer {
 
     /// The file systems of an image, uppermost first: of one that is several, those of its layers.
     async fn attached(&self, attach: &Attach, known: &[Known]) -> Result<Vec<Prepared>> {
-        let (file_system, no_exec) = (file_system(attach.fs_type), attach.no_exec);
+        let file_system = file_system(attach.fs_type);
         let images = match &attach.device {
             Device::Loopback(image) => self.layers(image, known).await?,
             Device::Local { path } => {
                 let device = BlockDevice::Local(path.into());
-                return Ok(vec![Prepared::FileSystem { device, file_system, no_exec }]);
+                return Ok(vec![Prepared::FileSystem { device, file_system }]);
             }
         };
         let attach = |image: Loopback| async move {
             let device = BlockDevice::Loop(self.image(&image, known, file_system).await?);
-            Ok(Prepared::FileSystem { device, file_system, no_exec })
+            Ok(Prepared::FileSystem { device, file_system })
         };
         stream::iter(images.into_iter().map(attach)).buffered(LAYERS_AT_ONCE).try_collect().await
     }

@@ -32,7 +32,6 @@ pub enum Prepared {
     FileSystem {
         device: BlockDevice,
         file_system: FileSystem,
-        no_exec: bool,
     },
     Bind {
         base: PreparedBase,
@@ -164,7 +163,7 @@ impl AttachedImage {
         origin: Origin,
     ) -> kernel::Result<Self> {
         let path = path_of(over.as_ref(), &device);
-        let mount = measured(file_system.kernel_name(), || kernel.mount(file_system.on(&path, false)))?;
+        let mount = measured(file_system.kernel_name(), || kernel.mount(file_system.on(&path)))?;
         Ok(AttachedImage {
             key,
             _mount: mount,
@@ -236,6 +235,17 @@ impl BlockDevice {
 }
 
 impl Prepared {
+    /// Whether what is built without an upper layer is an image, or a directory of one: read-only by its superblock.
+    pub fn is_image(&self) -> bool {
+        match self {
+            Prepared::FileSystem { .. } => true,
+            Prepared::Bind { base: PreparedBase::Mount(base), .. } => base.is_image(),
+            // One layer is mounted as it is.
+            Prepared::Overlay { lower, .. } => lower.len() == 1 && lower[0].is_image(),
+            Prepared::Bind { .. } | Prepared::Nfs { .. } => false,
+        }
+    }
+
     /// The images that are attached, each with what it was then; an image inside of another comes after it.
     pub fn images(&self) -> Vec<Known> {
         match self {

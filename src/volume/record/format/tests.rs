@@ -70,6 +70,10 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let prefetched = BTreeMap::from(prefetched.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let prefetched = parse_attributes(&prefetched, &[]).unwrap().mount().clone();
     let prefetched = Record { mount: prefetched, images: Vec::new(), ..record("prefetched", seed) };
+    let flags = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("mountOptions", "nosuid,nodev")];
+    let flags = BTreeMap::from(flags.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    let flags = parse_attributes(&flags, &[]).unwrap().mount().clone();
+    let flags = Record { mount: flags, images: Vec::new(), ..record("flags", seed) };
     let layered = [("server", "nfs"), ("share", "/images"), ("image", "team/tools.json")];
     let layered = BTreeMap::from(layered.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let layered = parse_attributes(&layered, &[]).unwrap().mount().clone();
@@ -85,6 +89,7 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let replicated = seed.replace("192.168.3.253", "nfs-1, fd00:99::2, nfs-3");
     assert_ne!(replicated, seed);
     let since = BTreeMap::from([
+        ("flags", 9),
         ("replicated", 8),
         ("sif", 7),
         ("layered", 6),
@@ -98,6 +103,7 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
         ("claim", Record { images: Vec::new(), ..claim }),
         ("copied", copied),
         ("verified", verified),
+        ("flags", flags),
         ("layered", layered),
         ("prefetched", prefetched),
         ("sif", sif),
