@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("places", &["blocking", "error", "lock", "step"]),
     ("single_flight", &["error", "lock", "step"]),
     ("socket", &[]),
-    ("volume::abnormal", &[]),
+    ("volume::abnormal", &["error"]),
     ("volume::cache", &["blocking", "error", "kernel", "lock", "metrics", "places", "spec"]),
     (
         "volume::source",

@@ -128,9 +128,9 @@ async fn the_health_of_a_volume_says_what_is_wrong_for_programs_and_for_people()
 
 #[test]
 fn what_is_said_of_a_volume_fits_into_the_status_of_a_pod() {
-    let message = "ä".repeat(1000);
+    let message = format!("a{}", "ä".repeat(1000));
     let answer = super::node::health_answer("v", Some(Abnormal::degraded("ImageReplaced", message)));
-    assert_eq!(answer.volume_health.unwrap().health_statuses[0].message.len(), 1024);
+    assert_eq!(answer.volume_health.unwrap().health_statuses[0].message.len(), 1023);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MoveMountFlags, OpenTreeFlags, Un
 
 use super::error::{Doing, Error, Result, Subject, last_errno};
 
-/// The attributes of every mount of this driver (mount_setattr(2)).
+/// The attributes of every mount of this driver but those of images (mount_setattr(2)).
 pub const CONFINED: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
 /// A mount to be made: a file system, its options in order (fsconfig(2)), and the attributes of the mount.

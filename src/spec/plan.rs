@@ -10,14 +10,14 @@ const JOIN: &str =
 pub fn plan(mount: &Mount) -> Vec<String> {
     let mut steps = Vec::new();
     add(&mut steps, mount);
-    steps.push("attach at the target".to_owned());
+    let flags = mount.flags().words().collect::<Vec<_>>().join(",");
+    steps.push(format!("attach at the target{}", if flags.is_empty() { flags } else { format!(" ({flags})") }));
     steps
 }
 
 fn add(steps: &mut Vec<String>, mount: &Mount) {
     match mount {
         Mount::Attach(attach) => {
-            let flags = ["ro"].into_iter().chain(attach.flags.words()).collect::<Vec<_>>().join(",");
             let fs_type = match attach.fs_type {
                 FsType::Sif => FsType::Squashfs,
                 other => other,
@@ -32,7 +32,7 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                         steps.extend(loopback.verity.map(|_| {
                             "verify each block of them by the root hashes of the index, which is signed".to_owned()
                         }));
-                        steps.push(format!("mount each: {fs_type} ({flags})"));
+                        steps.push(format!("mount each: {fs_type} (ro)"));
                         steps.push("stack overlay: the layers, upper: none".to_owned());
                         return;
                     }
@@ -51,9 +51,17 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
                 }
                 Device::Local { path } => steps.push(format!("open the block device {path} read-only")),
             }
-            steps.push(format!("mount {fs_type} ({flags})"));
+            steps.push(format!("mount {fs_type} (ro)"));
         }
-        Mount::Bind(bind) => add_bind(steps, bind, mount.is_writable()),
+        Mount::Bind(bind) => {
+            let is_image = matches!(mount.shown()[..], [Mount::Attach(_)]);
+            let flags = match (mount.is_writable(), is_image) {
+                (_, true) => "ro",
+                (true, false) => "rw,nosuid,nodev",
+                (false, false) => "ro,nosuid,nodev",
+            };
+            add_bind(steps, bind, flags);
+        }
         Mount::Nfs(nfs) => {
             let of_each = |nfs: &Nfs| format!("mount NFS {} out of the host's sight", source(nfs));
             steps.extend(nfs.on_each().iter().map(of_each));
@@ -62,11 +70,10 @@ fn add(steps: &mut Vec<String>, mount: &Mount) {
     }
 }
 
-fn add_bind(steps: &mut Vec<String>, bind: &Bind, writable: bool) {
+fn add_bind(steps: &mut Vec<String>, bind: &Bind, flags: &str) {
     let directory = beneath(steps, &bind.base, &bind.path);
-    let mode = if writable { "rw" } else { "ro" };
     let how = if bind.recursive { "bind recursively" } else { "bind" };
-    steps.push(format!("{how} {directory} ({mode},nosuid,nodev)"));
+    steps.push(format!("{how} {directory} ({flags})"));
 }
 
 fn add_overlay(steps: &mut Vec<String>, overlay: &Overlay) {
@@ -167,11 +174,11 @@ mod tests {
             [
                 "bind /etc of the node (ro,nosuid,nodev)",
                 "open the block device /dev/sda read-only",
-                "mount xfs (ro,noexec)",
-                "bind recursively opt beneath it (ro,nosuid,nodev)",
+                "mount xfs (ro)",
+                "bind recursively opt beneath it (ro)",
                 "mount NFS [fd00::1]:/a (nfs 3, rw, hard) out of the host's sight",
                 "stack overlay: 3 lower, upper: tmpfs of 1000 bytes",
-                "attach at the target",
+                "attach at the target (noexec)",
             ]
         );
     }

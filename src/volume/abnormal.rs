@@ -1,5 +1,7 @@
 //! What can be wrong with a published volume, as CSI's `VolumeHealth` puts it.
 
+use crate::error::{Error, Kind};
+
 /// What is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Abnormal {
@@ -32,6 +34,12 @@ impl Abnormal {
 
     pub fn data_loss(reason: &'static str, message: impl Into<String>) -> Self {
         Abnormal { harm: Harm::DataLoss, reason, message: message.into() }
+    }
+
+    /// A server gave `error` in place of an answer.
+    pub fn unanswered(error: &Error, message: impl Into<String>) -> Self {
+        let reason = if error.kind == Kind::Unavailable { SERVER_SILENT } else { "Unreadable" };
+        Abnormal::inaccessible(reason, message)
     }
 
     /// The same, of `whom` it is said.

@@ -118,9 +118,9 @@ impl Volumes {
         let mount = build(held, &*self.kernel, upper)?;
         let flags = publication.mount.flags();
         let attributes = [
-            // An image is so by its superblock. A flag of its mount is one that a user namespace locks, and a container there asks for it
-            // without.
-            (publication.read_only && !(upper.is_none() && held.is_image()), MountAttrFlags::MOUNT_ATTR_RDONLY),
+            // An image is read-only by its superblock. A flag of its mount is one that a user namespace locks, and a container there asks
+            // for it without.
+            (publication.read_only && !held.is_image(), MountAttrFlags::MOUNT_ATTR_RDONLY),
             // An overlay runs files of all its layers.
             (flags.no_exec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
             (flags.no_suid, MountAttrFlags::MOUNT_ATTR_NOSUID),

@@ -140,6 +140,22 @@ async fn an_image_has_the_flags_that_are_asked_for_and_no_others() {
     assert_eq!(publish(tmpfs, "b", false).await, [""; 0]);
     let flags = node.image(r#","mount_options":["noexec","nosuid","nodev"]"#);
     assert_eq!(publish(flags, "c", false).await, ["restrict squashfs on /dev/loop0 [nosuid,nodev,noexec]"]);
+    // Neither has a directory of an image, but what is no image is confined.
+    let directory =
+        |mount: &str| format!(r#"{{"kind":"bind","bind":{{"path":"","base":"mount","ro":true,"mount":{mount}}}}}"#);
+    let image = node.image("");
+    let read_only = async |spec: String, pod: &str| {
+        let publication = Publication { read_only: true, ..node.publication(pod, &spec, pod) };
+        node.volumes.publish(publication, false).await.unwrap();
+        node.log()
+            .into_iter()
+            .filter(|call| call.starts_with("bind") || call.starts_with("restrict"))
+            .collect::<Vec<_>>()
+    };
+    let bound = read_only(directory(&image), "e").await;
+    assert!(bound.len() == 1 && bound[0].ends_with(" []"), "{bound:?}");
+    let layers = format!(r#"{{"kind":"overlay","overlay":{{"lower":[{image},{}]}}}}"#, directory(&image));
+    assert_eq!(read_only(layers, "f").await.last().unwrap(), "restrict overlay of 2 layers [ro]");
     // Where somebody mounts one by hand, anybody on the node may come.
     let mount = node.publication("d", &node.image(""), "d");
     let by_hand = Publication { volume_id: by_hand(&mount.target), ..mount };

@@ -12,7 +12,7 @@ use crate::kernel::image::Content;
 use crate::lock::lock;
 use crate::single_flight::Flights;
 use crate::spec::Loopback;
-use crate::volume::abnormal::{Abnormal, IMAGE_CORRUPTED, IMAGE_REPLACED, SERVER_SILENT};
+use crate::volume::abnormal::{Abnormal, Harm, IMAGE_CORRUPTED, IMAGE_REPLACED, SERVER_SILENT};
 use crate::volume::record::Record;
 use crate::volume::source::{Device, Preparer, Unanswered};
 
@@ -92,7 +92,9 @@ impl Conditions {
             Err(error) => tracing::debug!(%error, "by which servers a volume is read is not known"),
         }
         let now = self.look_at(&there).await.ok()?;
-        changed(attached, &now, false, &format!(" on {}", there.base))
+        let wrong = changed(attached, &now, false, &format!(" on {}", there.base))?;
+        // What does not verify is read from the next server.
+        Some(if image.verity.is_some() { Abnormal { harm: Harm::Degraded, ..wrong } } else { wrong })
     }
 
     async fn of_image(
@@ -127,10 +129,7 @@ impl Conditions {
                 Some(Abnormal::degraded("ImageRemoved", message))
             }
             Err(_) if is_local => None,
-            Err(error) => {
-                let reason = if error.kind == Kind::Unavailable { SERVER_SILENT } else { "ImageUnreadable" };
-                Some(Abnormal::inaccessible(reason, format!("cannot be looked at: {error}")))
-            }
+            Err(error) => Some(Abnormal::unanswered(&error, format!("cannot be looked at: {error}"))),
         }
     }
 
@@ -195,7 +194,6 @@ mod tests {
     use super::*;
     use crate::kernel::image::ImageIdentity;
     use crate::kernel::loop_device::Reads;
-    use crate::volume::abnormal::Harm;
 
     #[test]
     fn reads_that_get_no_answer_for_a_while_are_told_from_those_that_are_under_way() {

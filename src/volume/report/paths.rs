@@ -34,7 +34,9 @@ pub fn trouble(paths: &Paths, image: &Loopback) -> Option<Abnormal> {
         (true, true) => "is read from none of its servers: who reads waits".to_owned(),
         (true, false) => "is read from none of its servers: who reads gets errors".to_owned(),
     };
-    let reason = if lying.is_empty() { SERVER_SILENT } else { IMAGE_CORRUPTED };
+    // Of those that are silent one may have the image.
+    let is_silent = lying.is_empty() || (read.is_empty() && !silent.is_empty());
+    let reason = if is_silent { SERVER_SILENT } else { IMAGE_CORRUPTED };
     let message = format!("{place}: {}", why.join("; "));
     Some(match read.is_empty() {
         true => Abnormal::inaccessible(reason, message),

@@ -16,7 +16,7 @@ use crate::kernel;
 use crate::lock::lock;
 use crate::places::run_at;
 use crate::spec::Allowed;
-use crate::volume::abnormal::{Abnormal, SERVER_SILENT};
+use crate::volume::abnormal::Abnormal;
 use crate::volume::record::{Found, Record};
 
 /// The deepest directory of a scratch layer that is counted, and the most entries: a pod may make more than anyone wants to look at.
@@ -111,14 +111,14 @@ impl Report {
                 let message = "published here, but not mounted any more: delete the pod to mount it again";
                 abnormal(Abnormal::inaccessible("NotMounted", message))
             }
-            Look::Silent(why) => abnormal(Abnormal::inaccessible(SERVER_SILENT, why)),
+            Look::Unanswered(error) => abnormal(Abnormal::unanswered(&error, error.message.clone())),
         }
     }
 
     async fn look(&self, record: &Record, mount: &Allowed, step: &str, measured: bool) -> Result<Look> {
         let places = match self.preparer.probe_shown(mount).await {
             Ok(places) => places,
-            Err(error) => return Ok(Look::Silent(error.message)),
+            Err(error) => return Ok(Look::Unanswered(error)),
         };
         let (kernel, path) = (Arc::clone(&self.kernel), record.target.clone());
         // A file system of its own says by itself how full it is.
@@ -138,8 +138,8 @@ enum Look {
     /// Bytes and inodes, where they were to be measured.
     Mounted(Option<(Usage, Usage)>),
     Unmounted,
-    /// A server of what the path shows does not answer.
-    Silent(String),
+    /// A server of what the path shows does not answer, or with an error.
+    Unanswered(Error),
 }
 
 fn measure(path: &Path, scratch: Option<&Path>) -> kernel::Result<(Usage, Usage)> {

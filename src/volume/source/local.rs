@@ -165,7 +165,7 @@ impl Preparer {
         Ok(Source { original, file: OffThread::new(file), places: base.places() })
     }
 
-    /// What is wrong with the digest of an image that a volume has, in a sentence: it turned out to be another, or nobody can look.
+    /// What is wrong with the digest of an image that a volume has: it turned out to be another, or nobody can look.
     pub async fn digest_trouble(&self, image: &Loopback, content: Content) -> Option<Abnormal> {
         let (Some(name), Some(_)) = (Name::of(image), image.digest) else { return None };
         let mut copies = self.cache.copies_of(&name).await.unwrap_or_default();
