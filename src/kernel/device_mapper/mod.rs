@@ -43,8 +43,9 @@ const NOFLUSH: u32 = 1 << 11;
 const DEFERRED_REMOVE: u32 = 1 << 17;
 /// `struct dm_target_spec`.
 const TARGET: usize = 40;
-/// What a status or a list of devices may take.
-const ANSWER: usize = 1 << 20;
+/// What a request and its answer take, but for lists of very many devices; and what they may take at most. The kernel reads all of it.
+const ANSWER: usize = 1 << 14;
+const LONGEST_ANSWER: usize = 1 << 20;
 
 #[derive(Clone, Copy)]
 enum Command {
@@ -177,11 +178,29 @@ impl Control {
     }
 
     fn call(&self, command: Command, name: &str, flags: u32, data: &[u8]) -> std::result::Result<Vec<u8>, Errno> {
-        let mut message = vec![0; HEADER + ANSWER];
+        let mut room = ANSWER.max(data.len());
+        loop {
+            match self.call_with(room, command, name, flags, data) {
+                // Of those that only look: others have no answer.
+                Err(Errno::NOBUFS) if room < LONGEST_ANSWER => room *= 8,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn call_with(
+        &self,
+        room: usize,
+        command: Command,
+        name: &str,
+        flags: u32,
+        data: &[u8],
+    ) -> std::result::Result<Vec<u8>, Errno> {
+        let mut message = vec![0; HEADER + room];
         let mut put = |at: usize, bytes: &[u8]| message[at..at + bytes.len()].copy_from_slice(bytes);
         // Version 4 of the interface.
         put(0, &4u32.to_ne_bytes());
-        put(DATA_SIZE, &((HEADER + ANSWER) as u32).to_ne_bytes());
+        put(DATA_SIZE, &((HEADER + room) as u32).to_ne_bytes());
         put(DATA_START, &(HEADER as u32).to_ne_bytes());
         put(TARGET_COUNT, &u32::from(matches!(command, Command::LoadTable)).to_ne_bytes());
         put(FLAGS, &flags.to_ne_bytes());
