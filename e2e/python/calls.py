@@ -107,6 +107,8 @@ class Calls(unittest.TestCase):
         self.assertEqual(refused, (Code.FAILED_PRECONDITION, "staging_target_path is required: stage the volume first"))
         code, _ = node.refusal("NodeGetVolumeStats", volume_id="tools", volume_path=target["target_path"])
         self.assertEqual(code, Code.NOT_FOUND)
+        code, _ = node.refusal("NodeGetVolumeHealth", volume_id="tools")
+        self.assertEqual(code, Code.NOT_FOUND)
         node.call("NodeUnpublishVolume", volume_id="tools", **target)
         node.call("NodeUnstageVolume", volume_id="tools", **staging)
         self.assertEqual(node.uncalled, set())

@@ -108,8 +108,9 @@ async fn health(service: &Service, path: &str) -> Result<Vec<VolumeHealthEntry>,
 #[tokio::test]
 async fn the_health_of_a_volume_says_what_is_wrong_for_programs_and_for_people() {
     let service = Service::new().await;
-    service.stage(service.stage_request()).await.unwrap();
     assert_eq!(health(&service, "").await.unwrap_err().code(), Code::NotFound);
+    service.stage(service.stage_request()).await.unwrap();
+    assert_eq!(health(&service, "").await.unwrap(), []);
     service.publish(service.publish_request()).await.unwrap();
     let target = service.node.target("pod");
     let path = target.to_str().unwrap();
@@ -120,7 +121,8 @@ async fn the_health_of_a_volume_says_what_is_wrong_for_programs_and_for_people()
     assert_eq!((replaced.status(), replaced.reason.as_str()), (VolumeHealthErrorType::Degraded, "ImageReplaced"));
     assert!(replaced.message.contains("was replaced on the server"), "{}", replaced.message);
     service.node.kernel.take_off(&target);
-    let [unmounted] = &health(&service, path).await.unwrap()[..] else { panic!("not one") };
+    // Where none is named, of each path.
+    let [unmounted] = &health(&service, "").await.unwrap()[..] else { panic!("not one") };
     assert_eq!((unmounted.status(), unmounted.reason.as_str()), (VolumeHealthErrorType::Inaccessible, "NotMounted"));
     service.unpublish("v", &target).await.unwrap();
     assert_eq!(health(&service, path).await.unwrap_err().code(), Code::NotFound);

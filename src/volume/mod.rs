@@ -271,9 +271,22 @@ impl Volumes {
         self.report.stats(volume_id, path).await
     }
 
-    /// See [`Report::health`].
-    pub async fn health(&self, volume_id: &str, path: &Path) -> Result<Option<Abnormal>> {
-        self.report.health(volume_id, path).await
+    /// What is wrong with the volume at `path`, or else with one of those where it is published; see [`Report::health`]. `NOT_FOUND` where it
+    /// is not published there, or neither published nor staged.
+    pub async fn health(&self, volume_id: &str, path: Option<&Path>) -> Result<Option<Abnormal>> {
+        if let Some(path) = path {
+            return self.report.health(volume_id, path).await;
+        }
+        let published = self.report.published(volume_id).await?;
+        if published.is_empty() && !lock(&self.staged).contains_key(volume_id) {
+            return Err(Error::new(Kind::NotFound, format!("volume {volume_id} is neither staged nor published")));
+        }
+        for path in published {
+            if let Some(abnormal) = self.report.health(volume_id, &path).await? {
+                return Ok(Some(abnormal));
+            }
+        }
+        Ok(None)
     }
 
     /// What this process and the kernel have at this moment. Asks no server.

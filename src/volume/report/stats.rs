@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
@@ -17,7 +17,7 @@ use crate::lock::lock;
 use crate::places::run_at;
 use crate::spec::Allowed;
 use crate::volume::abnormal::Abnormal;
-use crate::volume::record::{Found, Record};
+use crate::volume::record::{Found, List, Record};
 
 /// The deepest directory of a scratch layer that is counted, and the most entries: a pod may make more than anyone wants to look at.
 const DEPTH: usize = 64;
@@ -51,6 +51,15 @@ impl Report {
     /// What is wrong with the volume at `path`: [`Report::stats`] without the usage, which costs a walk through the writable layer.
     pub async fn health(&self, volume_id: &str, path: &Path) -> Result<Option<Abnormal>> {
         Ok(self.look_at_volume(volume_id, path, false).await?.abnormal)
+    }
+
+    /// The paths where a volume is published.
+    pub async fn published(&self, volume_id: &str) -> Result<Vec<PathBuf>> {
+        let records = self.records.clone();
+        let List { records, unreadable } = blocking::run("list the records", move || records.list()).await?;
+        let readable = records.into_iter().filter(|record| record.volume_id == volume_id).map(|record| record.target);
+        let others = unreadable.into_iter().filter(|record| record.volume_id.as_deref() == Some(volume_id));
+        Ok(readable.chain(others.filter_map(|record| record.target)).collect())
     }
 
     async fn look_at_volume(&self, volume_id: &str, path: &Path, measured: bool) -> Result<Stats> {
