@@ -191,9 +191,9 @@ fn stats_answer(stats: Stats) -> NodeGetVolumeStatsResponse {
 const LONGEST_MESSAGE: usize = 1024;
 
 pub(super) fn health_answer(id: &str, abnormal: Option<Abnormal>) -> NodeGetVolumeHealthResponse {
-    let entry = abnormal.map(|Abnormal { harm, reason, mut message }| {
-        let fits = |end: &usize| message.is_char_boundary(*end);
-        message.truncate((0..=LONGEST_MESSAGE.min(message.len())).rev().find(fits).unwrap_or(0));
+    let entry = abnormal.map(|Abnormal { harm, reason, message }| {
+        let fits = |(at, letter): &(usize, char)| at + letter.len_utf8() <= LONGEST_MESSAGE;
+        let message = message.char_indices().take_while(fits).map(|(_, letter)| letter).collect();
         let status = match harm {
             Harm::Degraded => VolumeHealthErrorType::Degraded,
             Harm::Inaccessible => VolumeHealthErrorType::Inaccessible,
