@@ -315,6 +315,36 @@ fn the_group_of_a_pod_writes_to_the_root_of_a_writable_layer_and_nothing_else_ch
 
 #[test]
 #[ignore = "needs the VM: make test-vm"]
+fn the_root_of_a_writable_layer_belongs_to_whom_the_volume_says_and_to_the_group_of_the_pod() {
+    let tree = Tree::new(&[("directory/file", "content")]);
+    run("chmod", &["0755", tree.path().to_str().unwrap()]);
+    tree.squashfs("/images/owned.sqsh");
+    let driver = Driver::start();
+    let server = server();
+    let owned = vec![("overlay", "directory"), ("overlayUid", "1000"), ("overlayGid", "100"), ("overlayMode", "0700")];
+    for (id, attributes, group, root) in [
+        ("owned", owned.clone(), None, (0o700, 1000, 100)),
+        ("sized", [&owned[..], &[("overlaySize", "16Mi")]].concat(), None, (0o700, 1000, 100)),
+        ("shared", owned, Some(4000), (0o2770, 1000, 4000)),
+        ("open", vec![("overlay", "tmpfs"), ("overlaySize", "1Mi"), ("overlayMode", "1777")], None, (0o1777, 0, 0)),
+    ] {
+        let image = [("server", &*server), ("share", "/images"), ("image", "owned.sqsh")];
+        let volume = Volume::flat(id, &[&image[..], &attributes].concat()).writable();
+        let volume = Volume { group, ..volume };
+        let target = driver.mount(&volume, id).unwrap();
+        assert_eq!(mode_and_owner(&target), root, "{id}");
+        assert_eq!(mode_and_owner(&target.join("directory")), (0o755, 0, 0), "{id}");
+        let mut touch = Command::new("setpriv");
+        touch.args(["--reuid=1000", "--regid=1000", "--clear-groups", "touch", "new"]).current_dir(&target);
+        assert!(touch.status().unwrap().success(), "{id}");
+        driver.publish(&volume, id).unwrap();
+        driver.unmount(&volume, id);
+    }
+    driver.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs the VM: make test-vm"]
 fn stats_tell_the_use_of_the_image_or_of_the_scratch_layer() {
     Tree::new(&[("file", "content")]).squashfs("/images/stats.sqsh");
     let driver = Driver::start();

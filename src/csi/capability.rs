@@ -59,12 +59,11 @@ fn check_fs_type(mount: &Mount, fs_type: &str) -> Result<()> {
 /// A volume that takes no writes offers no mode that promises them, unless `any` mode will do: that of an inline volume, for all of
 /// which the kubelet names a writer's mode, and of a read-only publish.
 pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool) -> Result<()> {
-    let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, |mode| mode.mode());
-    let reads_only = matches!(mode, Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly);
+    let mode = mode_of(capability);
     if mode == Mode::Unknown {
         return Err(invalid("volume_capability: an access mode is required"));
     }
-    if any || reads_only || mount.is_writable() {
+    if any || reads_only(capability) || mount.is_writable() {
         return Ok(());
     }
     Err(invalid(&format!(
@@ -72,6 +71,15 @@ pub fn check_access_mode(mount: &Mount, capability: &VolumeCapability, any: bool
          an overlay",
         in_words_of_kubernetes(mode)
     )))
+}
+
+/// Whether the access mode is one of readers.
+pub fn reads_only(capability: &VolumeCapability) -> bool {
+    matches!(mode_of(capability), Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly)
+}
+
+fn mode_of(capability: &VolumeCapability) -> Mode {
+    capability.access_mode.as_ref().map_or(Mode::Unknown, |mode| mode.mode())
 }
 
 /// The access mode that the author of a claim wrote, beside what external-provisioner and the kubelet make of it
@@ -111,7 +119,7 @@ pub fn group_of(capability: &VolumeCapability) -> Result<Option<u32>> {
 }
 
 pub fn is_single_writer(capability: &VolumeCapability) -> bool {
-    capability.access_mode.as_ref().is_some_and(|mode| mode.mode() == Mode::SingleNodeSingleWriter)
+    mode_of(capability) == Mode::SingleNodeSingleWriter
 }
 
 /// The one capability of a request that must have one.

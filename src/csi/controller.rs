@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use tonic::{Request, Response};
 
-use super::capability::{check_access_mode, invalid, required_text, spec_of};
+use super::capability::{check_access_mode, invalid, reads_only, required_text, spec_of};
 use super::status::{Answer, answer};
 use super::v1::{
     CapacityRange, ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
@@ -18,6 +18,7 @@ use crate::kubernetes::Cluster;
 use crate::kubernetes::build::Progress;
 use crate::kubernetes::claim::{Claim, Reason};
 use crate::lock::lock;
+use crate::spec::Upper;
 use crate::spec::policy::Policy;
 use crate::spec::template::{self, Build, Wanted};
 
@@ -27,6 +28,17 @@ pub struct Controller {
     cluster: Cluster,
     /// What this process created, by ID: all that tells a repeated request from a conflicting one.
     created: Mutex<HashMap<String, Created>>,
+}
+
+/// A claim for writes reads like one for a disk, which keeps them.
+const WRITES_END: &str = "each pod has a writable layer of its own on top of the image, and what it writes ends with it: what is to stay \
+                          belongs into another volume";
+
+/// A volume that is asked for.
+struct Described {
+    volume: Volume,
+    /// Pods may write to it, and what they write ends with them.
+    writes_end: bool,
 }
 
 /// A volume, and what was asked for.
@@ -46,13 +58,22 @@ impl Controller {
         let class = template::expand(&request.parameters)?;
         let Some(claim) = &class.claim else {
             let Wanted { context, .. } = class.with_what_is_named(None)?;
-            let volume = self.described(&request, context)?;
+            let Described { volume, writes_end } = self.described(&request, context)?;
+            if writes_end
+                && !self.has_created(&request, &volume)
+                && let Some((namespace, name)) = template::claim(&request.parameters)
+            {
+                match self.cluster.claims.get(namespace, name).await {
+                    Ok(claim) => self.cluster.claims.tell(&claim, Reason::WritesEnd, WRITES_END).await,
+                    Err(error) => tracing::warn!(%error, "the claim's author is not told that writes end with a pod"),
+                }
+            }
             return self.remember(request, volume);
         };
         let claim = self.cluster.claims.get(&claim.namespace, &claim.name).await?;
         let wanted = class.with_what_is_named(Some(&claim.named)).map_err(Error::from);
         let described = wanted.and_then(|Wanted { context, build }| Ok((self.described(&request, context)?, build)));
-        let (volume, build) = match described {
+        let (Described { volume, writes_end }, build) = match described {
             Ok(described) => described,
             Err(error) => {
                 self.cluster.claims.tell(&claim, Reason::Refused, &error.message).await;
@@ -60,8 +81,13 @@ impl Controller {
             }
         };
         // A call whose answer was lost asks for what is there.
-        if let Some(build) = build.filter(|_| !self.has_created(&request, &volume)) {
-            self.build(&build, &claim).await?;
+        if !self.has_created(&request, &volume) {
+            if let Some(build) = build {
+                self.build(&build, &claim).await?;
+            }
+            if writes_end {
+                self.cluster.claims.tell(&claim, Reason::WritesEnd, WRITES_END).await;
+            }
         }
         self.remember(request, volume)
     }
@@ -98,14 +124,14 @@ impl Controller {
     }
 
     /// The volume that is asked for, if there can be one.
-    fn described(&self, request: &CreateVolumeRequest, context: BTreeMap<String, String>) -> Result<Volume> {
+    fn described(&self, request: &CreateVolumeRequest, context: BTreeMap<String, String>) -> Result<Described> {
         let context = context.into_iter().collect();
         let name = required_text("name", &request.name)?;
         if request.volume_content_source.is_some() {
             return Err(invalid("volume_content_source: a volume is a reference to an image and has no other source"));
         }
         let namespace = template::namespace(&request.parameters);
-        self.check(&context, &request.volume_capabilities, namespace)?;
+        let writes_end = self.check(&context, &request.volume_capabilities, namespace)?;
         let range = request.capacity_range.unwrap_or_default();
         if range.required_bytes < 0 || range.limit_bytes < 0 {
             return Err(invalid("capacity_range: a size is not negative"));
@@ -114,7 +140,9 @@ impl Controller {
             return Err(Error::new(Kind::OutOfRange, "capacity_range: limit_bytes is less than required_bytes"));
         }
         // An image has the size it has: the size of the claim is given back so that claim and volume bind.
-        Ok(Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context })
+        let volume =
+            Volume { capacity_bytes: range.required_bytes, volume_id: name.to_owned(), volume_context: context };
+        Ok(Described { volume, writes_end })
     }
 
     fn has_created(&self, request: &CreateVolumeRequest, volume: &Volume) -> bool {
@@ -141,21 +169,23 @@ impl Controller {
         }
     }
 
-    /// Every capability must be one that a volume with this context has.
+    /// Every capability must be one that a volume with this context has. Tells whether one is for writes, and these end with their pod.
     fn check(
         &self,
         context: &HashMap<String, String>,
         capabilities: &[VolumeCapability],
         namespace: Option<&str>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if capabilities.is_empty() {
             return Err(invalid("volume_capabilities is required"));
         }
+        let mut writes_end = false;
         for capability in capabilities {
             let mount = spec_of(context, capability)?.allowed_by(&self.policy, namespace)?;
             check_access_mode(&mount, capability, false)?;
+            writes_end |= mount.upper(reads_only(capability)) != Upper::None;
         }
-        Ok(())
+        Ok(writes_end)
     }
 
     fn validate(&self, request: ValidateVolumeCapabilitiesRequest) -> Result<ValidateVolumeCapabilitiesResponse> {
@@ -174,7 +204,7 @@ impl Controller {
         };
         use validate_volume_capabilities_response::Confirmed;
         Ok(match self.check(&context, &request.volume_capabilities, None) {
-            Ok(()) => ValidateVolumeCapabilitiesResponse {
+            Ok(_) => ValidateVolumeCapabilitiesResponse {
                 confirmed: Some(Confirmed {
                     volume_context: context,
                     volume_capabilities: request.volume_capabilities,

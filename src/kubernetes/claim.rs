@@ -44,6 +44,8 @@ pub enum Reason {
     Refused,
     BuildBegun,
     BuildFailed,
+    /// A pod writes to a layer of its own.
+    WritesEnd,
 }
 
 impl Claims {
@@ -67,6 +69,7 @@ impl Claims {
             Reason::Refused => (EventType::Warning, "ImageRefused"),
             Reason::BuildBegun => (EventType::Normal, "ImageBuilding"),
             Reason::BuildFailed => (EventType::Warning, "ImageBuildFailed"),
+            Reason::WritesEnd => (EventType::Normal, "WritesEndWithPod"),
         };
         let note: String = note.char_indices().take_while(|(at, _)| *at < NOTE).map(|(_, letter)| letter).collect();
         let event = Event {

@@ -24,6 +24,7 @@ pub mod source;
 pub mod template;
 mod text;
 mod tree;
+mod upper;
 mod wire;
 
 use std::fmt;
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 pub use error::SpecError;
 pub use image_parameters::{Cache, Digest, Prefetch, Verity};
 pub use parsed::{Allowed, Parsed};
+pub use upper::{Upper, UpperRoot};
 
 /// The parameter that holds a JSON `mount` object.
 pub const MOUNT_SPEC: &str = "mountSpec";
@@ -333,45 +335,7 @@ pub struct Overlay {
     /// Uppermost first; never empty, at most [`MAX_LOWER`].
     pub lower: Vec<Mount>,
     pub upper: Upper,
-}
-
-/// The writable layer on top of an overlay; it ends with the published path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Upper {
-    /// On the node's disk, where the driver keeps its data: a directory, or a file system of at most `size` bytes in a file.
-    Directory { size: Option<u64> },
-    /// Memory, at most `size` bytes.
-    Tmpfs { size: u64 },
-    /// None: the layers are stacked read-only.
-    None,
-}
-
-impl Default for Upper {
-    fn default() -> Self {
-        Upper::Directory { size: None }
-    }
-}
-
-impl Upper {
-    /// The least size of one on the node's disk: a file system has structures of its own.
-    pub const SMALLEST_DIRECTORY: u64 = 16 << 20;
-
-    /// The most bytes that it may hold, where that is limited.
-    pub fn size(self) -> Option<u64> {
-        match self {
-            Upper::Tmpfs { size } => Some(size),
-            Upper::Directory { size } => size,
-            Upper::None => None,
-        }
-    }
-
-    /// One on the node's disk of this size.
-    pub(super) fn directory_of(size: u64) -> Result<Self, String> {
-        match size >= Self::SMALLEST_DIRECTORY {
-            true => Ok(Upper::Directory { size: Some(size) }),
-            false => Err("is too small for a file system of its own: at least 16Mi".into()),
-        }
-    }
+    pub root: UpperRoot,
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::parsed::{Form, Parsed};
 use super::source::Source;
 use super::{
     Attach, Base, Device, FsType, HOST_PATH, Loopback, MOUNT_SPEC, Mount, Nfs, NfsVersion, Overlay, Symlinks, Upper,
-    json, options, quantity, replicas, text,
+    UpperRoot, json, options, quantity, replicas, text,
 };
 
 /// The parameter that says whether symlinks are followed, in either form.
@@ -34,6 +34,9 @@ pub(super) const KNOWN: &[&str] = &[
     "nfsOptions",
     "overlay",
     "overlaySize",
+    "overlayUid",
+    "overlayGid",
+    "overlayMode",
     SYMLINKS,
     CACHE,
     DIGEST,
@@ -45,6 +48,9 @@ pub(super) const KNOWN: &[&str] = &[
 /// What says where an export is and how to mount it.
 const OF_EXPORTS: &[&str] = &["server", "share", "nfsVersion", "nfsOptions"];
 
+/// What says how a writable layer is made.
+const OF_UPPERS: &[&str] = &["overlaySize", "overlayUid", "overlayGid", "overlayMode"];
+
 pub(super) const BESIDE_IMAGE: &str = "stands beside \"image\": a volume names the one or the other";
 
 /// What Kubernetes and its sidecars put beside our parameters.
@@ -55,7 +61,7 @@ const FOREIGN: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
 /// Either `mountSpec` holds a JSON `mount` object, or the flat form is used: `server`, `share` and `image` (required, or else `source`, the
 /// container image that it was made of; `server` may be several, separated by commas; `hostPath`, a directory of the node, in place of
 /// `server` and `share`), `fsType` (`squashfs`), `nfsVersion` (`4.2`), `nfsOptions` (separated by commas), `overlay` (`none`, `directory` or
-/// `tmpfs`) and `overlaySize` (a quantity, for both). White space around flat values is dropped. In either form `symlinks` says
+/// `tmpfs`), and for both `overlaySize` (a quantity) and `overlayUid`, `overlayGid` and `overlayMode` of the root directory. White space around flat values is dropped. In either form `symlinks` says
 /// whether those in the path of an image or a directory below an export are followed: `follow` or `refuse`; `cache`
 /// (`node` or `none`) whether its images are copied to the node; `digest` what the one image is, as `sha256:` and its sum; `verity` the root
 /// hash by which the kernel verifies it; and `prefetch` (`learned`, `all` or `none`) what of its images is read ahead of their readers.
@@ -145,9 +151,17 @@ fn flat(attributes: &BTreeMap<&str, String>, options: &MountOptions) -> Result<P
         flags: options.flags,
         device: Device::Loopback(Loopback::new(image, base)),
     });
+    let root = UpperRoot {
+        uid: get("overlayUid").map(UpperRoot::parse_id).transpose().map_err(at("overlayUid"))?,
+        gid: get("overlayGid").map(UpperRoot::parse_id).transpose().map_err(at("overlayGid"))?,
+        mode: get("overlayMode").map(UpperRoot::parse_mode).transpose().map_err(at("overlayMode"))?,
+    };
     let mount = match overlay(get("overlay"), get("overlaySize"))? {
-        Upper::None => image,
-        upper => Mount::Overlay(Overlay { lower: vec![image], upper }),
+        Upper::None => match OF_UPPERS.iter().find(|name| attributes.contains_key(**name)) {
+            Some(name) => return Err(invalid(name, "is for \"overlay: directory\" or \"tmpfs\"")),
+            None => image,
+        },
+        upper => Mount::Overlay(Overlay { lower: vec![image], upper, root }),
     };
     options.check_use(&mount)?;
     replicas::check(&mount).map_err(|error| Form::Flat.place(error))?;
@@ -184,7 +198,7 @@ pub fn source_of<'a>(attributes: impl IntoIterator<Item = (&'a String, &'a Strin
 
 fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
     match (kind, size) {
-        (None | Some("none"), None) => Ok(Upper::None),
+        (None | Some("none"), _) => Ok(Upper::None),
         (Some("directory"), None) => Ok(Upper::Directory { size: None }),
         (Some("directory"), Some(size)) => {
             quantity::bytes(size).and_then(Upper::directory_of).map_err(at("overlaySize"))
@@ -193,7 +207,6 @@ fn overlay(kind: Option<&str>, size: Option<&str>) -> Result<Upper, SpecError> {
         (Some("tmpfs"), None) => {
             Err(invalid("overlaySize", "is required for a tmpfs: the most it may hold, such as 256Mi"))
         }
-        (None | Some("none"), Some(_)) => Err(invalid("overlaySize", "is for \"overlay: directory\" or \"tmpfs\"")),
         (Some(other), _) => Err(invalid("overlay", unknown("value", other, &["none", "directory", "tmpfs"]))),
     }
 }

@@ -1,6 +1,6 @@
 //! What the driver would do for a spec, in words, for people who want to see it before it happens.
 
-use super::{Base, Bind, Device, FsType, Mount, Nfs, Overlay, Upper, Verity};
+use super::{Base, Bind, Device, FsType, Mount, Nfs, Overlay, Upper, UpperRoot, Verity};
 
 /// Of an image that lies on several servers.
 const JOIN: &str =
@@ -86,7 +86,8 @@ fn add_overlay(steps: &mut Vec<String>, overlay: &Overlay) {
         Upper::Tmpfs { size } => format!("tmpfs of {size} bytes"),
         Upper::None => "none".to_owned(),
     };
-    steps.push(format!("stack overlay: {} lower, upper: {upper}", overlay.lower.len()));
+    let root = if overlay.root == UpperRoot::default() { String::new() } else { format!(" ({})", overlay.root) };
+    steps.push(format!("stack overlay: {} lower, upper: {upper}{root}", overlay.lower.len()));
 }
 
 /// What is at `path` below `base`, once the base is there.
@@ -164,7 +165,7 @@ mod tests {
 
     #[test]
     fn binds_and_devices_are_told_apart() {
-        let spec = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1k"},"lower":[
+        let spec = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1k","uid":1000,"mode":"0770"},"lower":[
             {"kind":"bind","bind":{"path":"/etc","base":"root"}},
             {"kind":"bind","bind":{"path":"opt","base":"mount","recursive":true,"mount":{"kind":"attach","attach":
                 {"fs_type":"xfs","mount_options":["noexec"],"attach":{"kind":"local","local":{"path":"/dev/sda"}}}}}},
@@ -177,7 +178,7 @@ mod tests {
                 "mount xfs (ro)",
                 "bind recursively opt beneath it (ro)",
                 "mount NFS [fd00::1]:/a (nfs 3, rw, hard) out of the host's sight",
-                "stack overlay: 3 lower, upper: tmpfs of 1000 bytes",
+                "stack overlay: 3 lower, upper: tmpfs of 1000 bytes (uid 1000, mode 0770)",
                 "attach at the target (noexec)",
             ]
         );

@@ -21,12 +21,13 @@ use super::parameters::{BESIDE_IMAGE, KNOWN, REFUSE, SOURCE, SYMLINKS, canonical
 use super::source::Source;
 use super::{HOST_PATH, MOUNT_SPEC, json, text};
 
-/// The parameter in which external-provisioner passes the claim's namespace.
+/// The parameters in which external-provisioner passes the claim's name and namespace.
+const NAME_PARAMETER: &str = "csi.storage.k8s.io/pvc/name";
 const NAMESPACE_PARAMETER: &str = "csi.storage.k8s.io/pvc/namespace";
 
 /// The templates, and the parameters in which external-provisioner passes their values.
 const TEMPLATES: [(&str, &str); 3] = [
-    ("pvc.metadata.name", "csi.storage.k8s.io/pvc/name"),
+    ("pvc.metadata.name", NAME_PARAMETER),
     ("pvc.metadata.namespace", NAMESPACE_PARAMETER),
     ("pv.metadata.name", "csi.storage.k8s.io/pv/name"),
 ];
@@ -98,6 +99,11 @@ fn split_share(share: &str) -> (&str, &str) {
 /// The namespace of the claim that a CreateVolume call is for, where external-provisioner names it.
 pub fn namespace(parameters: &HashMap<String, String>) -> Option<&str> {
     parameters.get(NAMESPACE_PARAMETER).map(String::as_str)
+}
+
+/// The namespace and name of that claim.
+pub fn claim(parameters: &HashMap<String, String>) -> Option<(&str, &str)> {
+    Some((namespace(parameters)?, parameters.get(NAME_PARAMETER)?))
 }
 
 /// Reads the parameters of a CreateVolume call. What the values of the context say is left to

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use proptest::collection::{hash_set, vec};
+use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use super::policy::Policy;
 use super::replicas::MAX_SERVERS;
 use super::{
     Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, Mount, MountFlags, Nfs, NfsVersion, Overlay, Symlinks,
-    Upper, json, options, schema, template, text,
+    Upper, UpperRoot, json, options, schema, template, text,
 };
 
 /// The JSON form of a mount, which the driver itself never writes.
@@ -45,12 +46,19 @@ fn to_json(mount: &Mount) -> Value {
             "options": nfs.options.iter().map(ToString::to_string).collect::<Vec<_>>(),
         } }),
         Mount::Overlay(overlay) => {
-            let upper = match overlay.upper {
+            let mut upper = match overlay.upper {
                 Upper::Directory { size: None } => json!({ "kind": "directory" }),
                 Upper::Directory { size: Some(size) } => json!({ "kind": "directory", "size": size.to_string() }),
                 Upper::Tmpfs { size } => json!({ "kind": "tmpfs", "size": size.to_string() }),
                 Upper::None => json!({ "kind": "none" }),
             };
+            let UpperRoot { uid, gid, mode } = overlay.root;
+            for (name, value) in [("uid", uid.map(Value::from)), ("gid", gid.map(Value::from))] {
+                upper.as_object_mut().unwrap().extend(value.map(|value| (name.to_owned(), value)));
+            }
+            if let Some(mode) = mode {
+                upper["mode"] = format!("{mode:o}").into();
+            }
             let lower: Vec<Value> = overlay.lower.iter().map(to_json).collect();
             json!({ "kind": "overlay", "overlay": { "lower": lower, "upper": upper } })
         }
@@ -123,11 +131,13 @@ fn mount() -> impl Strategy<Value = Mount> {
         Just(Upper::None),
         (1..=i64::MAX as u64).prop_map(|size| Upper::Tmpfs { size }),
     ];
+    let root = (option::of(0..u32::MAX), option::of(0..u32::MAX), option::of(0..=0o7777u32));
     prop_oneof![
         layer(),
-        (vec(layer(), 1..5), upper).prop_map(|(mut lower, upper)| {
+        (vec(layer(), 1..5), upper, root).prop_map(|(mut lower, upper, (uid, gid, mode))| {
             lower.dedup();
-            Mount::Overlay(Overlay { lower, upper })
+            let root = if upper == Upper::None { UpperRoot::default() } else { UpperRoot { uid, gid, mode } };
+            Mount::Overlay(Overlay { lower, upper, root })
         }),
     ]
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{Attach, Base, Bind, Device, FsType, Loopback, Mount, MountFlags, Nfs, Overlay, Symlinks, Upper};
+use super::{
+    Attach, Base, Bind, Device, FsType, Loopback, Mount, MountFlags, Nfs, Overlay, Symlinks, Upper, UpperRoot,
+};
 
 impl Mount {
     /// Whether the published path takes writes; everything below the outermost mount is only ever read.
@@ -55,7 +57,7 @@ impl Mount {
             Mount::Bind(Bind { base: Base::Root, .. }) => true,
             Mount::Bind(Bind { base: Base::Mount(mount), .. }) => mount.is_of_the_node(),
             // One layer is mounted as it is.
-            Mount::Overlay(Overlay { lower, upper: Upper::None }) => lower.len() == 1 && lower[0].is_of_the_node(),
+            Mount::Overlay(Overlay { lower, upper: Upper::None, .. }) => lower.len() == 1 && lower[0].is_of_the_node(),
             Mount::Attach(_) | Mount::Nfs(_) | Mount::Overlay(_) => false,
         }
     }
@@ -87,6 +89,14 @@ impl Mount {
         match self {
             Mount::Overlay(overlay) if !read_only => overlay.upper,
             Mount::Overlay(_) | Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => Upper::None,
+        }
+    }
+
+    /// What the root of the writable layer is made with.
+    pub fn root(&self) -> UpperRoot {
+        match self {
+            Mount::Overlay(overlay) => overlay.root,
+            Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => UpperRoot::default(),
         }
     }
 

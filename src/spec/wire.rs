@@ -204,12 +204,21 @@ pub(super) struct MountOverlay {
 /// The writable layer of an overlay; it ends with the published path.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(transform = upper_size)]
+#[schemars(transform = upper)]
 pub(super) struct Upper {
     #[serde(deserialize_with = "word")]
     pub kind: UpperKind,
     /// The most that it may hold: a Kubernetes quantity, such as `256Mi`. Required of a tmpfs; of a directory at least `16Mi`.
     pub size: Option<String>,
+    /// The user whom its root directory belongs to; that of the uppermost layer's unless said otherwise.
+    #[schemars(range(max = 4_294_967_294_u32))]
+    pub uid: Option<u32>,
+    /// The group; the `fsGroup` of a pod takes its place.
+    #[schemars(range(max = 4_294_967_294_u32))]
+    pub gid: Option<u32>,
+    /// Who may do what there: up to four octal digits, such as `0770`.
+    #[schemars(extend("pattern" = "^0?[0-7]{1,4}$"))]
+    pub mode: Option<String>,
 }
 
 /// A directory on the node's disk, memory, or none: then the overlay is read-only.
@@ -255,15 +264,18 @@ fn base_mount(schema: &mut Schema) {
     schema.insert("oneOf".to_owned(), branches);
 }
 
-/// A tmpfs needs a size, a directory may have one.
-fn upper_size(schema: &mut Schema) {
+/// A tmpfs needs a size, a directory may have one; and what is not there has nothing.
+fn upper(schema: &mut Schema) {
     let branches = json!([
         {
             "properties": { "kind": { "const": "tmpfs" }, "size": { "type": "string" } },
             "required": ["size"],
         },
         { "properties": { "kind": { "const": "directory" } } },
-        { "properties": { "kind": { "const": "none" }, "size": { "type": "null" } } },
+        { "properties": {
+            "kind": { "const": "none" }, "size": { "type": "null" }, "uid": { "type": "null" }, "gid": { "type": "null" },
+            "mode": { "type": "null" },
+        } },
     ]);
     schema.insert("oneOf".to_owned(), branches);
 }

@@ -7,7 +7,7 @@ use crate::spec::read::Object;
 use crate::spec::wire::{self, AttachOption, DeviceKind, MountKind, UpperKind};
 use crate::spec::{
     Attach, Base, Bind, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, MountFlags, Nfs, NfsVersion,
-    Overlay, Symlinks, Upper, Verity, options, quantity, replicas, text,
+    Overlay, Symlinks, Upper, UpperRoot, Verity, options, quantity, replicas, text,
 };
 
 pub(super) struct Reader<'a> {
@@ -184,7 +184,11 @@ impl<'a> Reader<'a> {
             }
             lower.push(layer);
         }
-        Ok(Overlay { lower, upper: wire.upper.map_or(Ok(Upper::default()), |wire| upper(at, &wire.0))? })
+        let (upper, root) = match wire.upper {
+            Some(Object(wire)) => (upper(at, &wire)?, root(at, &wire)?),
+            None => Default::default(),
+        };
+        Ok(Overlay { lower, upper, root })
     }
 
     /// Warns of fields that only the ImageAPI writes.
@@ -211,6 +215,21 @@ fn upper(at: &str, wire: &wire::Upper) -> Result<Upper, SpecError> {
         }
         (UpperKind::None, Some(_)) => Err(invalid(at, "/upper/size", "what is not there has no size")),
     }
+}
+
+fn root(at: &str, wire: &wire::Upper) -> Result<UpperRoot, SpecError> {
+    let given =
+        [("/upper/uid", wire.uid.is_some()), ("/upper/gid", wire.gid.is_some()), ("/upper/mode", wire.mode.is_some())];
+    if wire.kind == UpperKind::None
+        && let Some((name, _)) = given.into_iter().find(|(_, is_given)| *is_given)
+    {
+        return Err(invalid(at, name, "what is not there belongs to nobody"));
+    }
+    Ok(UpperRoot {
+        uid: wire.uid.map(UpperRoot::id).transpose().map_err(wrong(at, "/upper/uid"))?,
+        gid: wire.gid.map(UpperRoot::id).transpose().map_err(wrong(at, "/upper/gid"))?,
+        mode: wire.mode.as_deref().map(UpperRoot::parse_mode).transpose().map_err(wrong(at, "/upper/mode"))?,
+    })
 }
 
 fn one_object(at: &str, kind: &str, objects: &[(&str, bool)]) -> Result<(), SpecError> {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::spec::UpperRoot;
 use crate::spec::error::ErrorKind;
 use crate::spec::{
     Attach, Base, Device, FsType, Loopback, MAX_DEPTH, MAX_LOWER, MOUNT_SPEC, Mount, MountFlags, Nfs, NfsVersion,
@@ -36,7 +37,7 @@ fn the_image_api_s_own_example_is_read() {
         flags: MountFlags::default(),
         device: Device::Loopback(Loopback::new("image.sqsh".to_owned(), base)),
     });
-    let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::default() });
+    let mount = Mount::Overlay(Overlay { lower: vec![image], upper: Upper::default(), root: UpperRoot::default() });
     assert_eq!(parse(SEED), Ok(Parsed::new(mount, vec![], Form::Json)));
 }
 
@@ -301,6 +302,31 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"none","size":"1Gi"}}}"#,
         "/overlay/upper/size",
         "has no size",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"none","uid":0}}}"#,
+        "/overlay/upper/uid",
+        "belongs to nobody",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","uid":-1}}}"#,
+        "/overlay/upper/uid",
+        "u32",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","gid":4294967295}}}"#,
+        "/overlay/upper/gid",
+        "no group",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","mode":"0o770"}}}"#,
+        "/overlay/upper/mode",
+        "octal digits",
+    ),
+    (
+        r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","mode":770}}}"#,
+        "/overlay/upper/mode",
+        "expected a string",
     ),
     (
         r#"{"kind":"overlay","overlay":{"lower":[NFS],"upper":{"kind":"directory","size":"1Mi"}}}"#,

@@ -45,8 +45,11 @@ fn every_flat_parameter_has_its_effect() {
         ("nfsOptions", "timeo=600, hard"),
         ("overlay", "tmpfs"),
         ("overlaySize", "1Gi"),
+        ("overlayUid", "1000"),
+        ("overlayGid", "100"),
+        ("overlayMode", "0770"),
     ];
-    let json = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1Gi"},"lower":[
+    let json = r#"{"kind":"overlay","overlay":{"upper":{"kind":"tmpfs","size":"1Gi","uid":1000,"gid":100,"mode":"0770"},"lower":[
         {"kind":"attach","attach":{"fs_type":"erofs","attach":{"kind":"loopback","loopback":
         {"path":"a/b.sqsh","base":"mount","mount":{"kind":"nfs","nfs":{"host":"nfs","path":"/images","ro":true,
         "version":"4.1","options":["hard","timeo=600"]}}}}}}]}}"#;
@@ -135,6 +138,11 @@ fn bad_flat_values_are_told_with_the_parameter() {
         (&[("nfsOptions", "hard,soft")], "contradict"),
         (&[("overlay", "dir")], "known values: none, directory, tmpfs"),
         (&[("overlaySize", "1Gi")], "is for"),
+        (&[("overlayUid", "1000")], "is for"),
+        (&[("overlayMode", "0770"), ("overlay", "none")], "is for"),
+        (&[("overlayUid", "root"), ("overlay", "directory")], "not the number of a user"),
+        (&[("overlayGid", "4294967295"), ("overlay", "directory")], "no group"),
+        (&[("overlayMode", "u=rwx"), ("overlay", "directory")], "octal"),
         (&[("overlaySize", "1Mi"), ("overlay", "directory")], "at least 16Mi"),
         (&[("overlaySize", "0"), ("overlay", "tmpfs")], "not a size"),
         (&[("mountOptions", "rw")], "cannot be set"),

@@ -13,7 +13,7 @@ use crate::kernel::image::Content;
 use crate::spec::{self, Symlinks, index};
 
 /// What is written.
-const VERSION: u32 = 9;
+const VERSION: u32 = 10;
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -73,6 +73,9 @@ pub enum Mount {
     Overlay {
         lower: Vec<Mount>,
         upper: Upper,
+        /// From version 10 on.
+        #[serde(default)]
+        root: UpperRoot,
     },
 }
 
@@ -153,6 +156,13 @@ pub enum Upper {
         size: u64,
     },
     None,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+pub struct UpperRoot {
+    uid: Option<u32>,
+    gid: Option<u32>,
+    mode: Option<u32>,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
@@ -298,7 +308,7 @@ impl Mount {
                     },
                 }
             }
-            spec::Mount::Overlay(spec::Overlay { lower, upper }) => Mount::Overlay {
+            spec::Mount::Overlay(spec::Overlay { lower, upper, root }) => Mount::Overlay {
                 lower: lower.iter().map(|layer| Mount::of(layer, images)).collect(),
                 upper: match upper {
                     spec::Upper::Directory { size: None } => Upper::Directory,
@@ -306,6 +316,7 @@ impl Mount {
                     spec::Upper::Tmpfs { size } => Upper::Tmpfs { size: *size },
                     spec::Upper::None => Upper::None,
                 },
+                root: UpperRoot { uid: root.uid, gid: root.gid, mode: root.mode },
             },
         }
     }
@@ -370,7 +381,7 @@ impl Mount {
                 },
                 options: options.into_iter().map(|NfsOption { key, value }| spec::NfsOption { key, value }).collect(),
             }),
-            Mount::Overlay { lower, upper } => spec::Mount::Overlay(spec::Overlay {
+            Mount::Overlay { lower, upper, root } => spec::Mount::Overlay(spec::Overlay {
                 lower: lower.into_iter().map(|layer| layer.spec(images)).collect::<Result<_, _>>()?,
                 upper: match upper {
                     Upper::Directory => spec::Upper::Directory { size: None },
@@ -378,6 +389,7 @@ impl Mount {
                     Upper::Tmpfs { size } => spec::Upper::Tmpfs { size },
                     Upper::None => spec::Upper::None,
                 },
+                root: spec::UpperRoot { uid: root.uid, gid: root.gid, mode: root.mode },
             }),
         })
     }

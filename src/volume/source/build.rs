@@ -12,11 +12,13 @@ use crate::kernel::mount::{CONFINED, DetachedMount, MountAttrFlags, Symlinks, op
 use crate::kernel::overlay::overlay;
 use crate::kernel::tmpfs::tmpfs;
 use crate::kernel::{self, Doing, Kernel, in_namespace};
+use crate::spec::UpperRoot;
 
 /// The writable layer of the outermost overlay.
 pub struct UpperLayer {
     pub storage: Storage,
-    /// Who may write to its root, beside the owner of the image's.
+    pub root: UpperRoot,
+    /// Who may write to its root, beside its owner.
     pub group: Option<u32>,
 }
 
@@ -73,7 +75,8 @@ fn attributes(read_only: bool) -> MountAttrFlags {
 
 /// An overlay of one empty layer and an upper in `directory`.
 pub fn overlay_on(directory: &Path, kernel: &dyn Kernel) -> kernel::Result<DetachedMount> {
-    let upper = UpperLayer { storage: Storage::Directory(directory.to_owned()), group: None };
+    let upper =
+        UpperLayer { storage: Storage::Directory(directory.to_owned()), root: UpperRoot::default(), group: None };
     let empty = kernel.mount(tmpfs("an empty layer", Some(4096)))?;
     stack(vec![(Layer::Tmpfs, empty)], Some(&upper), kernel, "try")
 }
@@ -84,7 +87,7 @@ fn stack(
     kernel: &dyn Kernel,
     source: &str,
 ) -> kernel::Result<DetachedMount> {
-    let group = upper.and_then(|upper| upper.group);
+    let (root, group) = upper.map_or_else(Default::default, |upper| (upper.root, upper.group));
     let upper = match upper.map(|upper| &upper.storage) {
         // Nothing to stack, and the kernel refuses to.
         None if layers.len() == 1 => return Ok(layers.remove(0).1),
@@ -103,24 +106,25 @@ fn stack(
         }
         let Some(upper) = &upper else { return kernel.mount(overlay(source, &lower, None)) };
         workspace.attach("upper", upper)?;
-        make_upper(&lower[0], group).doing(|| "make the upper and work directories".into())?;
+        make_upper(&lower[0], root, group).doing(|| "make the upper and work directories".into())?;
         kernel.mount(overlay(source, &lower, Some(("upper/upper", "upper/work"))))
     };
     measured("overlay", || in_namespace(kernel, stack)?)
 }
 
-/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower. A `group` may do what its owner
+/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower, as far as `root` says nothing. A `group` may do what its owner
 /// may, and what is made there belongs to it too: as the kubelet has it with `fsGroup`, which for all other directories would copy them up.
-fn make_upper(lower: &str, group: Option<u32>) -> std::io::Result<()> {
+fn make_upper(lower: &str, root: UpperRoot, group: Option<u32>) -> std::io::Result<()> {
     // There already after a reboot of the node, with what the pod wrote.
     if !Path::new("upper/upper").exists() {
         let new = "upper/new";
         if !Path::new(new).exists() {
             std::fs::create_dir(new)?;
         }
-        let root = std::fs::metadata(lower)?;
-        std::os::unix::fs::chown(new, Some(root.uid()), Some(group.unwrap_or(root.gid())))?;
-        let mode = root.mode() & 0o7777 | group.map_or(0, |_| 0o2770);
+        let image = std::fs::metadata(lower)?;
+        let (uid, gid) = (root.uid.unwrap_or(image.uid()), group.or(root.gid).unwrap_or(image.gid()));
+        std::os::unix::fs::chown(new, Some(uid), Some(gid))?;
+        let mode = root.mode.unwrap_or(image.mode() & 0o7777) | group.map_or(0, |_| 0o2770);
         std::fs::set_permissions(new, std::fs::Permissions::from_mode(mode))?;
         std::fs::rename(new, "upper/upper")?;
     }

@@ -44,51 +44,38 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     let scratch = Some("scratch-1764109200000000001".into());
     let seed = include_str!("../../../spec/testdata/nfs-loopback.json");
     let flat = [("server", "192.168.3.253"), ("share", "/images"), ("image", "tools.sqsh")];
-    let flat = [&flat[..], &[("nfsVersion", "4.1"), ("mountOptions", "noexec,nconnect=4")]].concat();
-    let flat = flat.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>();
-    let flat = parse_attributes(&flat, &[]).unwrap().mount().clone();
+    let flat = read_flat(&[&flat[..], &[("nfsVersion", "4.1"), ("mountOptions", "noexec,nconnect=4")]].concat());
     let image = flat.images()[0].clone();
     let claim = r#"{"kind":"bind","bind":{"path":"opt","base":"mount","mount":{"kind":"attach","attach":{"fs_type":"squashfs",
         "attach":{"kind":"loopback","loopback":{"path":"a.sqsh","base":"mount","mount":NFS}}}}}}"#;
-    let claim = [("mountSpec", claim.replace("NFS", nfs)), ("symlinks", "refuse".into())];
-    let claim = claim.map(|(key, value)| (key.to_owned(), value));
-    let claim = parse_attributes(&BTreeMap::from(claim), &[]).unwrap().mount().clone();
+    let claim = read_flat(&[("mountSpec", &claim.replace("NFS", nfs)), ("symlinks", "refuse")]);
     let claim = Record { mount: claim, namespace: Some("team".into()), ..record("claim", seed) };
     let sized = seed.replace(r#""lower""#, r#""upper": {"kind": "directory", "size": "10Gi"}, "lower""#);
     assert_ne!(sized, seed);
+    let owned = r#""upper": {"kind": "tmpfs", "size": "1Gi", "uid": 1000, "gid": 100, "mode": "1770"}, "lower""#;
+    let owned = seed.replace(r#""lower""#, owned);
+    assert_ne!(owned, seed);
     let digest = format!("sha256:{}", "0123456789abcdef".repeat(4));
-    let copied = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("digest", &digest)];
-    let copied = BTreeMap::from(copied.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let copied = parse_attributes(&copied, &[]).unwrap().mount().clone();
-    let copied = Record { mount: copied, images: Vec::new(), ..record("copied", seed) };
-    let verified =
-        [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("verity", &digest["sha256:".len()..])];
-    let verified = BTreeMap::from(verified.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let verified = parse_attributes(&verified, &[]).unwrap().mount().clone();
-    let verified = Record { mount: verified, images: Vec::new(), ..record("verified", seed) };
-    let prefetched = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("prefetch", "all")];
-    let prefetched = BTreeMap::from(prefetched.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let prefetched = parse_attributes(&prefetched, &[]).unwrap().mount().clone();
-    let prefetched = Record { mount: prefetched, images: Vec::new(), ..record("prefetched", seed) };
-    let flags = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), ("mountOptions", "nosuid,nodev")];
-    let flags = BTreeMap::from(flags.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let flags = parse_attributes(&flags, &[]).unwrap().mount().clone();
-    let flags = Record { mount: flags, images: Vec::new(), ..record("flags", seed) };
-    let layered = [("server", "nfs"), ("share", "/images"), ("image", "team/tools.json")];
-    let layered = BTreeMap::from(layered.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let layered = parse_attributes(&layered, &[]).unwrap().mount().clone();
+    let tools = |name: &str, more: (&str, &str)| {
+        let pairs = [("server", "nfs"), ("share", "/images"), ("image", "tools.sqsh"), more];
+        Record { mount: read_flat(&pairs), images: Vec::new(), ..record(name, seed) }
+    };
+    let copied = tools("copied", ("digest", &digest));
+    let verified = tools("verified", ("verity", &digest["sha256:".len()..]));
+    let prefetched = tools("prefetched", ("prefetch", "all"));
+    let flags = tools("flags", ("mountOptions", "nosuid,nodev"));
+    let layered = read_flat(&[("server", "nfs"), ("share", "/images"), ("image", "team/tools.json")]);
     let layers = [("upper.sqsh", Some(spec::Verity::Root([1; 32]))), ("base.sqsh", None)]
         .map(|(name, verity)| layered.images()[0].layer(&index::Layer { name: name.into(), verity }));
     let contents = [4, 5].map(|n| Content { inode: n, size: 4096, modified: n });
     let images = layers.into_iter().zip(contents).collect();
     let layered = Record { mount: layered, images, ..record("layered", seed) };
-    let sif = [("hostPath", "/lustre/images"), ("image", "tools.sif"), ("fsType", "sif")];
-    let sif = BTreeMap::from(sif.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    let sif = parse_attributes(&sif, &[]).unwrap().mount().clone();
+    let sif = read_flat(&[("hostPath", "/lustre/images"), ("image", "tools.sif"), ("fsType", "sif")]);
     let sif = Record { mount: sif, images: Vec::new(), ..record("sif", seed) };
     let replicated = seed.replace("192.168.3.253", "nfs-1, fd00:99::2, nfs-3");
     assert_ne!(replicated, seed);
     let since = BTreeMap::from([
+        ("owned", 10),
         ("flags", 9),
         ("replicated", 8),
         ("sif", 7),
@@ -109,6 +96,7 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
         ("sif", sif),
         ("replicated", record("replicated", &replicated)),
         ("sized", Record { scratch: scratch.clone(), ..record("sized", &sized) }),
+        ("owned", record("owned", &owned)),
         ("seed", Record { scratch, exclusive: true, ..record("seed", seed) }),
         ("everything", record("everything", everything)),
         ("stacked", Record { read_only: true, ..record("stacked", stacked) }),
@@ -128,6 +116,11 @@ fn volumes(version: u32) -> BTreeMap<&'static str, Record> {
     ]);
     volumes.retain(|name, _| since.get(name).is_none_or(|&since| since <= version));
     volumes
+}
+
+fn read_flat(pairs: &[(&str, &str)]) -> spec::Mount {
+    let pairs: BTreeMap<_, _> = pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+    parse_attributes(&pairs, &[]).unwrap().mount().clone()
 }
 
 #[test]
