@@ -125,7 +125,7 @@ release-sign:
 demo: client ## show the main job on real parts, in a virtual machine
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/demo -- /root/demo
 
-RINGS = test-unit test-host test-python test-builder test-vm test-sanity test-chart test-prometheus test-image test-kubernetes
+RINGS = test-unit test-host test-python test-builder test-vm test-selinux test-sanity test-chart test-prometheus test-image test-kubernetes
 
 .PHONY: test
 test: ## run every test: pure logic, this kernel (root), a virtual machine with an NFS server, Kubernetes
@@ -184,6 +184,10 @@ test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 for an
 .PHONY: test-sanity
 test-sanity: target/tools/csi-sanity vm build ## run the CSI project's own conformance tests in the virtual machine (needs Go)
 	$(ALONE) $(VM) --copy $< --copy e2e/lib.sh --copy e2e/sanity -- /root/sanity
+
+.PHONY: test-selinux
+test-selinux: vm client ## read and write as containers do where SELinux is enforced, in the virtual machine
+	$(ALONE) $(VM) --append security=selinux --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/selinux -- /root/selinux
 
 # Where a target needs Go, it says so. The compiler collects no garbage before it has 2 GiB: that is a fifth of its time.
 GO = $(or $(shell command -v go),$(error $@ needs Go 1.26 or newer: https://go.dev/dl))

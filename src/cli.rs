@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::Resettable;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use csi_driver_squashfs::csi::Endpoint;
+use csi_driver_squashfs::kernel::selinux::Contexts;
 use csi_driver_squashfs::spec::quantity;
 use csi_driver_squashfs::volume::{Bounds, CacheConfig, PrefetchConfig};
 use tracing_subscriber::filter::LevelFilter;
@@ -66,7 +67,14 @@ pub struct DataDir {
 impl Mounting {
     /// For what mounts nothing.
     pub fn nothing(data_dir: DataDir, timeout: Timeout) -> Self {
-        Mounting { data_dir, timeout, host_root: "/".into(), nfs_read_ahead: None, zone: None }
+        Mounting {
+            data_dir,
+            timeout,
+            host_root: "/".into(),
+            nfs_read_ahead: None,
+            zone: None,
+            labels: Labels::default(),
+        }
     }
 }
 
@@ -93,7 +101,36 @@ pub struct Mounting {
     #[arg(long, env = "ZONE")]
     pub zone: Option<String>,
     #[command(flatten)]
+    pub labels: Labels,
+    #[command(flatten)]
     pub timeout: Timeout,
+}
+
+/// What files are labelled with on a node with SELinux.
+#[derive(Args, Default)]
+pub struct Labels {
+    /// The label of images where SELinux is on, which all containers may read. Empty: images have their own
+    #[arg(
+        long,
+        env = "SELINUX_IMAGE_CONTEXT",
+        value_name = "CONTEXT",
+        default_value = "system_u:object_r:container_ro_file_t:s0"
+    )]
+    selinux_image_context: String,
+    /// The label of overlays where SELinux is on, which all containers may write to. Empty: files have those of their layers
+    #[arg(
+        long,
+        env = "SELINUX_OVERLAY_CONTEXT",
+        value_name = "CONTEXT",
+        default_value = "system_u:object_r:container_file_t:s0"
+    )]
+    selinux_overlay_context: String,
+}
+
+impl Labels {
+    pub fn contexts(self) -> Contexts {
+        Contexts { images: self.selinux_image_context, overlays: self.selinux_overlay_context }
+    }
 }
 
 /// The flag of subcommands that look at the copies of images.

@@ -344,6 +344,7 @@ fn volumes(
     prefetch: PrefetchConfig,
     policy: Arc<Policy>,
 ) -> Outcome<Arc<Volumes>> {
+    let kernel = Linux::new(mounting.labels.contexts())?;
     let config = Config {
         policy,
         data_dir: mounting.data_dir.path(driver_name),
@@ -355,7 +356,7 @@ fn volumes(
         prefetch,
         timeout: Duration::from_secs(mounting.timeout.seconds),
     };
-    Ok(Volumes::new(config, Arc::new(Linux::new()?))?)
+    Ok(Volumes::new(config, Arc::new(kernel))?)
 }
 
 fn read_spec(file: &Path, policy: &PolicyFile) -> Outcome<(Parsed, Policy)> {

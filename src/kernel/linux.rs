@@ -12,6 +12,7 @@ use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 use super::mountinfo::{self, MountInfo};
 use super::mountstats::{self, NfsCounters};
 use super::namespace::PrivateNamespace;
+use super::selinux::Contexts;
 use super::transport::{self, Transport};
 use super::verity::RootHash;
 use super::{Doing, Kernel, Result, nfs, scratch};
@@ -21,18 +22,32 @@ pub struct Linux {
     namespace: PrivateNamespace,
     /// For threads in the namespace, which has none.
     proc: OwnedFd,
+    contexts: Contexts,
 }
 
 impl Linux {
     /// Makes the namespace, which needs root.
-    pub fn new() -> Result<Self> {
-        Ok(Linux { namespace: PrivateNamespace::new()?, proc: mount::open_directory(Path::new("/proc"))? })
+    pub fn new(contexts: Contexts) -> Result<Self> {
+        let (namespace, proc) = (PrivateNamespace::new()?, mount::open_directory(Path::new("/proc"))?);
+        Ok(Linux { namespace, proc, contexts: contexts.in_force()? })
     }
 }
 
 impl Kernel for Linux {
     fn mount(&self, new: NewMount) -> Result<DetachedMount> {
-        mount::create(new)
+        let Some(context) = self.contexts.of(&new) else { return mount::create(new) };
+        mount::create(new.clone().set("context", context)).or_else(|error| match error.errno() {
+            // A superblock that is mounted already keeps the label that it has, or that it has none.
+            Errno::INVAL => {
+                let what = new.what.clone();
+                let mount = mount::create(new).map_err(|_| error)?;
+                tracing::warn!(
+                    "{what} was mounted before with other labels than {context}, and keeps them until it is nowhere"
+                );
+                Ok(mount)
+            }
+            _ => Err(error),
+        })
     }
 
     fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {

@@ -26,6 +26,7 @@ pub mod nfs;
 pub mod overlay;
 pub mod page_cache;
 pub mod scratch;
+pub mod selinux;
 pub mod sif;
 pub mod sock_diag;
 pub mod support;

@@ -93,6 +93,12 @@ pub fn create(new: NewMount) -> Result<DetachedMount> {
     Ok(DetachedMount::new(fd, new.what))
 }
 
+/// Whether the kernel takes `key=value` of a file system, as far as it can tell before a mount.
+pub(super) fn check_option(fs_type: &str, key: &str, value: &str) -> rustix::io::Result<()> {
+    let context = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&context, key, value)
+}
+
 /// Whether the kernel has a file system. To ask makes it load the module, as a mount would.
 pub fn find_file_system(fs_type: &str) -> Result<()> {
     let found = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC).map(drop);
