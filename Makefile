@@ -178,7 +178,7 @@ vm: tools
 	$(RING) $(SUDO) e2e/vm build --kernel $(KERNEL)
 
 .PHONY: test-vm
-test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 for another kernel, FILTER=name for one, SOAK=1 at full length)
+test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 or newest for another kernel, FILTER=name for one, SOAK=1 at full length)
 	$(call test_binary,vm); $(ALONE) $(VM) --copy $$binary -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
 .PHONY: test-sanity
