@@ -5,22 +5,25 @@ SHELL = /bin/bash
 
 # A fresh machine has a toolchain and sudo or root; everything else is installed here.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# What is built is for this machine, or for the architecture that ARCH names as Debian does: ARCH=arm64.
+HOST := $(shell dpkg --print-architecture)
+ARCH = $(HOST)
+CPU = $(if $(filter arm64,$(ARCH)),aarch64,x86_64)
+CARGO_BUILD_TARGET = $(CPU)-unknown-linux-gnu
 # One static binary, with no path of this machine in it: what is tested is what is shipped.
-CARGO_BUILD_TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 RUSTFLAGS = -C target-feature=+crt-static --remap-path-prefix=$(CURDIR)=/src \
 	--remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo
 export CARGO_BUILD_TARGET RUSTFLAGS
 BUILT = $(or $(CARGO_TARGET_DIR),target)/$(CARGO_BUILD_TARGET)/release
-# For CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu on another machine: the linker of Debian's gcc-aarch64-linux-gnu.
-ifneq ($(shell uname -m),aarch64)
-export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
+ifneq ($(ARCH),$(HOST))
+export CARGO_TARGET_$(shell tr a-z- A-Z_ <<<$(CARGO_BUILD_TARGET))_LINKER = $(CPU)-linux-gnu-gcc
 endif
 # A CSI client for the demo and the benchmark.
 CLIENT = $(BUILT)/examples/csi
 KERNEL ?= 6.12
 # Sets $binary to the one of an integration test, as cargo names it.
 test_binary = binary=$$(cargo test --release --locked --no-run --test $(1) --message-format=json | jq -r 'select(.profile.test and .target.name == "$(1)").executable')
-VM = $(SUDO) e2e/vm run --kernel $(KERNEL) $(if $(SOAK),--env SOAK=1 --timeout 14400) --bin $(BUILT)/csi-driver-squashfs
+VM = $(SUDO) e2e/vm run --kernel $(KERNEL) --arch $(ARCH) $(if $(SOAK),--env SOAK=1 --timeout 14400) --bin $(BUILT)/csi-driver-squashfs
 
 # `make test` runs its parts side by side; RING notes what each takes. Of those that wait for something with a deadline one runs
 # at a time, by a lock on a directory; what takes a processor for long gets the time that they do not need.
@@ -38,6 +41,17 @@ help: ## list the targets
 build: ## build the release binary
 	cargo build --release --locked
 
+# To build for another architecture: Debian's compiler for that, and Rust's standard library, from where the toolchain is.
+ifneq ($(ARCH),$(HOST))
+build client builder compile: | cross
+endif
+.PHONY: cross
+cross:
+	@command -v $(CPU)-linux-gnu-gcc >/dev/null || { $(APT) update && $(APT) -y install gcc-$(subst _,-,$(CPU))-linux-gnu libc6-dev-$(ARCH)-cross; }
+	@[ -d "$$(rustc --print target-libdir --target $(CARGO_BUILD_TARGET))" ] || \
+		if command -v rustup >/dev/null; then rustup target add $(CARGO_BUILD_TARGET); else \
+		$(SUDO) dpkg --add-architecture $(ARCH) && $(APT) update && $(APT) -y install libstd-rust-dev:$(ARCH); fi
+
 .PHONY: client
 client: build
 	cargo build --release --locked --example csi
@@ -49,7 +63,6 @@ builder: ## build the program that makes images, which is no part of the driver
 # The same bytes from the same program: nothing of the time or the machine gets into the archive's layers.
 IMAGES = target/image
 ARCHIVE = $(IMAGES)/csi-driver-squashfs-$(ARCH).tar
-ARCH = $(if $(filter aarch64%,$(CARGO_BUILD_TARGET)),arm64,amd64)
 # $(call archive,NAME,CONTAINERFILE,CONTEXT) writes NAME-ARCH.tar into $(IMAGES).
 BUILDAH = $(SUDO) buildah --storage-driver vfs --root $(CURDIR)/$(IMAGES)/storage --runroot $(CURDIR)/$(IMAGES)/run
 archive = version=$$(release/version); image=ghcr.io/csi-driver-squashfs/$(1):$$version; \
@@ -59,15 +72,25 @@ archive = version=$$(release/version); image=ghcr.io/csi-driver-squashfs/$(1):$$
 
 .PHONY: image
 image: tools build ## build the container image, an OCI archive below target/image, without a registry or a daemon
-	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
+	@$(SUDO) rm -rf $(IMAGES)/storage $(IMAGES)/run $(ARCHIVE) && mkdir -p $(IMAGES)
 	$(call archive,csi-driver-squashfs,Containerfile,$(BUILT))
+
+ARCHES = amd64 arm64
+MULTIARCH = $(IMAGES)/csi-driver-squashfs.tar
+.PHONY: image-multiarch
+image-multiarch: ## build it for amd64 and arm64, and one OCI archive with both
+	for arch in $(ARCHES); do $(MAKE) --no-print-directory image ARCH=$$arch; done
+	$(SUDO) rm -f $(MULTIARCH)
+	$(SUDO) release/index oci-archive:$(MULTIARCH):ghcr.io/csi-driver-squashfs/csi-driver-squashfs:$$(release/version) \
+		$(ARCHES:%=$(IMAGES)/csi-driver-squashfs-%.tar)
+	ls -l $(MULTIARCH)
 
 BUILDER_ARCHIVE = target/builder-image/csi-driver-squashfs-build-$(ARCH).tar
 
 .PHONY: builder-image
 builder-image: IMAGES = target/builder-image
 builder-image: tools builder ## build the container image of the program that makes images, with tar2sqfs in it
-	@[ "$$(dpkg --print-architecture)" = $(ARCH) ] || { echo "$@: tar2sqfs is this machine's, which is not $(ARCH): run it on one that is"; exit 1; }
+	@[ $(HOST) = $(ARCH) ] || { echo "$@: tar2sqfs is this machine's, which is not $(ARCH): run it on one that is"; exit 1; }
 	@$(SUDO) rm -rf $(IMAGES) && mkdir -p $(IMAGES)
 	builder/root $(IMAGES)/root $(BUILT)/csi-driver-squashfs-build
 	$(call archive,csi-driver-squashfs-build,builder/Containerfile,$(IMAGES)/root)
@@ -175,10 +198,10 @@ test-builder: $(REGISTRY) build builder-image ## make images of real container i
 
 .PHONY: vm
 vm: tools
-	$(RING) $(SUDO) e2e/vm build --kernel $(KERNEL)
+	$(RING) $(SUDO) e2e/vm build --kernel $(KERNEL) --arch $(ARCH)
 
 .PHONY: test-vm
-test-vm: vm build ## run the scenarios in the virtual machine (KERNEL=6.1 or newest for another kernel, FILTER=name for one, SOAK=1 at full length)
+test-vm: vm build ## run the scenarios in the virtual machine (FILTER=name for one, KERNEL=6.1 or newest for another kernel, ARCH=arm64 for a machine of that, SOAK=1 at full length)
 	$(call test_binary,vm); $(ALONE) $(VM) --copy $$binary -- sh -c '/root/vm-* --include-ignored --test-threads=1 $(FILTER)'
 
 .PHONY: test-sanity
