@@ -317,7 +317,7 @@ bench: client ## measure against the tools that users would pick, in the virtual
 	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
 
 .PHONY: lint
-lint: tools cargo-deny advisories target/tools/actionlint ## check format, lints, licences and advisories, shell scripts, workflows, the version (needs Go)
+lint: tools cargo-deny advisories target/tools/actionlint ## check format, lints, licences and advisories, shell scripts, workflows, links of docs/, the version (needs Go)
 	release/version check
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -327,6 +327,18 @@ lint: tools cargo-deny advisories target/tools/actionlint ## check format, lints
 	[ -z "$$other" ] || { printf 'tests compile these with other features, so what they test is not what is shipped:\n%s\n' "$$other"; exit 1; }
 	shellcheck -x $$(git grep --untracked -lE '^(#!/bin/(ba)?sh|# shellcheck shell=bash)$$')
 	target/tools/actionlint
+	docs/site source target/docs-source
+
+# The chapters are made by docs/site, so that no text stands in two places.
+MDBOOK = target/tools/bin/mdbook
+$(MDBOOK):
+	cargo install --debug --locked --root target/tools --no-default-features --features search --version 0.5.4 mdbook
+
+.PHONY: docs
+docs: $(MDBOOK) ## build the site of the documentation into target/docs, and follow the links in it
+	docs/site source target/docs-source
+	$(MDBOOK) build
+	docs/site check target/docs
 
 # The database comes from a git server that not every network reaches.
 .PHONY: advisories
