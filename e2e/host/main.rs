@@ -173,3 +173,26 @@ fn the_command_line_mounts_plans_shows_and_unmounts() {
     assert_eq!(driver(&[&["status"][..], &data].concat()), "no volumes, no loop devices\n");
     assert!(!target.exists());
 }
+
+/// As in a node that is a container: its /dev is a copy of the host's, and new devices do not appear in it.
+#[test]
+#[ignore = "needs root: make test-host"]
+fn a_device_gets_its_node_where_dev_is_a_copy() {
+    let images = Images::new();
+    let volume = images.volume("v", "image");
+    let path = |name: &str| images.path(name).display().to_string();
+    fs::write(path("spec.json"), &volume.attributes["mountSpec"]).unwrap();
+    fs::write(path("policy.yaml"), format!("hostPaths: [{}]", images.0.path().display())).unwrap();
+    let script = r#"
+        mount -t tmpfs copy /dev
+        mknod /dev/null c 1 3
+        mknod /dev/loop-control c 10 237
+        "$0" --driver-name copy.csi.dev mount spec.json target --policy policy.yaml --data-dir data >&2
+        cat target/file
+        "$0" --driver-name copy.csi.dev unmount target --data-dir data >&2
+        "$0" --driver-name copy.csi.dev status --data-dir data
+        test -b /dev/loop[0-9]*"#;
+    let script = format!("cd {} && set -e{script}", images.0.path().display());
+    let seen = run("unshare", &["--mount", "sh", "-c", &script, harness::binary().to_str().unwrap()]);
+    assert_eq!(seen, "imageno volumes, no loop devices\n");
+}

@@ -21,6 +21,7 @@ use linux_raw_sys::loop_device::{
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::device_node;
 use super::error::{Doing, Error, Result, errno_of, last_errno};
 use super::image::{Image, ImageIdentity};
 use super::sif::Partition;
@@ -170,6 +171,9 @@ impl LoopDevice {
                     last = errno;
                     std::thread::sleep(Duration::from_millis(1));
                 }
+                Err(Errno::NOENT) if start.elapsed() > device_node::A_MOMENT => {
+                    device_node::make(&device_path(number), (MAJOR, number))?;
+                }
                 // The node appears, and is let go of by those who look at every new device, a moment later.
                 Err(errno @ (Errno::AGAIN | Errno::NOENT | Errno::NXIO | Errno::ACCESS)) => {
                     last = errno;
@@ -178,13 +182,7 @@ impl LoopDevice {
                 Err(errno) => return Err(Error::new(format!("attach a file to /dev/loop{number}"), errno)),
             }
         }
-        let error = Error::new("attach a file to a loop device", last);
-        Err(match last {
-            Errno::NOENT => {
-                error.with_hint("a new device does not appear in /dev: does the driver have the host's /dev?")
-            }
-            _ => error,
-        })
+        Err(Error::new("attach a file to a loop device", last))
     }
 }
 

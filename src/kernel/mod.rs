@@ -8,6 +8,7 @@
 pub mod boot;
 pub mod capabilities;
 pub mod device_mapper;
+mod device_node;
 #[cfg(test)]
 pub mod double;
 mod error;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::device_mapper::{multipath, verified};
-use super::error::{Doing, Error, Result};
+use super::device_node;
+use super::error::{Error, Result};
 use super::loop_device;
 use super::mount::find_file_system;
 use super::namespace::PrivateNamespace;
@@ -65,15 +66,19 @@ fn release() -> Result<String> {
     }
 }
 
-/// A new device must appear where the driver looks for it, which takes the node's own /dev.
+/// A new device must appear where the driver looks for it, or let itself be made there.
 fn new_loop_device() -> Result<String> {
-    let path = loop_device::device_path(loop_device::free_number(&loop_device::open_control()?)?);
+    let number = loop_device::free_number(&loop_device::open_control()?)?;
+    let path = loop_device::device_path(number);
     for _ in 0..20 {
         if path.exists() {
             return Ok(format!("the next one is {}", path.display()));
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    let action = || format!("look for the new loop device {}", path.display());
-    Err(Errno::NOENT).doing(action).map_err(|error| error.with_hint("does the driver have the host's /dev?"))
+    device_node::make(&path, (loop_device::MAJOR, number))?;
+    Ok(format!(
+        "the next one is {}, which had to be made: new devices do not appear in /dev by themselves",
+        path.display()
+    ))
 }

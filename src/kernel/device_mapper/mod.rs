@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FileType, Mode, OFlags, major, makedev, minor};
 use rustix::io::Errno;
 
+use super::device_node;
 use super::error::{Doing, Error, Result, last_errno};
 use super::loop_device::Tag;
 pub use multipath::{Message, Multipath, MultipathDevice, PathState};
@@ -340,7 +341,7 @@ fn make_node() -> std::result::Result<(), Errno> {
     }
 }
 
-/// The node of a device in /dev, which the kernel makes; `None` where it is gone again.
+/// The node of a device in /dev; `None` where it is gone again.
 fn open(answer: &[u8]) -> Result<Option<Opened>> {
     let device = device_in(answer);
     let path = PathBuf::from(format!("/dev/dm-{}", device.1));
@@ -357,11 +358,9 @@ fn open(answer: &[u8]) -> Result<Option<Opened>> {
             }
             Err(Errno::NXIO) => return Ok(None),
             Err(Errno::NOENT) if !Path::new(&known).exists() => return Ok(None),
-            Err(Errno::NOENT) if start.elapsed() < PATIENCE => wait_a_little(),
-            Err(errno) => {
-                let error = Error::new(format!("open {}", path.display()), errno);
-                return Err(error.with_hint("does the driver have the host's /dev?"));
-            }
+            Err(Errno::NOENT) if start.elapsed() < device_node::A_MOMENT => wait_a_little(),
+            Err(Errno::NOENT) => device_node::make(&path, device)?,
+            Err(errno) => return Err(Error::new(format!("open {}", path.display()), errno)),
         }
     }
 }
