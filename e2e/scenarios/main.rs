@@ -13,6 +13,7 @@ mod grammar;
 mod hostpath;
 mod killed;
 mod layers;
+mod modules;
 mod moved;
 mod operations;
 mod outage;

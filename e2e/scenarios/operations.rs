@@ -28,8 +28,13 @@ const HEALTH: &str = "127.0.0.1:29660";
 const METRICS: &str = "127.0.0.1:29661";
 
 /// The status and the body of a GET.
-fn get(path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(if path == "/metrics" { METRICS } else { HEALTH }).unwrap();
+pub(super) fn get(path: &str) -> (u16, String) {
+    let (address, mut served) = (if path == "/metrics" { METRICS } else { HEALTH }, None);
+    wait_for("it to be served", || {
+        served = TcpStream::connect(address).ok();
+        served.is_some()
+    });
+    let mut stream = served.unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -39,7 +44,7 @@ fn get(path: &str) -> (u16, String) {
 }
 
 /// A driver that serves both.
-fn start_served(more: &[&str]) -> Driver {
+pub(super) fn start_served(more: &[&str]) -> Driver {
     let (health, metrics) = (format!("--health-address={HEALTH}"), format!("--metrics-address={METRICS}"));
     start_with(&[&[health.as_str(), metrics.as_str()], more].concat(), None)
 }
@@ -50,6 +55,13 @@ fn metric(name: &str) -> f64 {
     assert_eq!(status, 200, "{text}");
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.map_or(0.0, |value| value.parse().unwrap())
+}
+
+/// Whether volumes work here, and what was looked at.
+pub(super) fn doctor(arguments: &[&str]) -> (bool, String) {
+    fs::create_dir_all("/var/lib/kubelet/pods").unwrap();
+    let output = Command::new(binary()).arg("doctor").args(arguments).output().unwrap();
+    (output.status.success(), String::from_utf8(output.stdout).unwrap())
 }
 
 /// The part of the kubelet that finds a plugin's socket, asks whose it is, and tells the outcome.
@@ -349,11 +361,6 @@ fn a_longer_read_ahead_reads_an_image_in_fewer_calls() {
 #[test]
 #[ignore = "needs the VM: make test-vm"]
 fn the_doctor_finds_a_well_node_well_and_says_what_is_wrong_with_another() {
-    let doctor = |arguments: &[&str]| {
-        let output = Command::new(binary()).arg("doctor").args(arguments).output().unwrap();
-        (output.status.success(), String::from_utf8(output.stdout).unwrap())
-    };
-    fs::create_dir_all("/var/lib/kubelet/pods").unwrap();
     let (well, text) = doctor(&[&server(), "nowhere.test"]);
     assert!(well, "{text}");
     assert!(!text.contains("FAIL"), "{text}");

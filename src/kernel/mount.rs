@@ -107,7 +107,10 @@ pub fn find_file_system(fs_type: &str) -> Result<()> {
 
 fn explain_fsopen(error: Error, fs_type: &str) -> Error {
     match error.errno() {
-        Errno::NODEV => error.with_hint(format!("this kernel has no {fs_type}: try 'modprobe {fs_type}' on the node")),
+        Errno::NODEV => error.with_hint(format!(
+            "this kernel has no {fs_type}: try 'modprobe {fs_type}' on the node; a line such as 'install {fs_type} /bin/false' or \
+             'blacklist {fs_type}', which 'grep -rw {fs_type} /etc/modprobe.d' finds there, forbids it: remove it first"
+        )),
         _ => error,
     }
 }
@@ -199,7 +202,8 @@ fn set_attributes(
     if answer == 0 {
         return Ok(());
     }
-    Err(Error::new("set the attributes of a mount (mount_setattr)", last_errno()))
+    let error = Error::new("set the attributes of a mount (mount_setattr)", last_errno());
+    Err(if error.errno() == Errno::NOSYS { error.with_hint("Linux 5.12 or newer is needed") } else { error })
 }
 
 /// Opens a directory without following a symlink in its last component, for use as a mount's target or base.
