@@ -6,8 +6,9 @@ SHELL = /bin/bash
 # A fresh machine has a toolchain and sudo or root; everything else is installed here.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What is built is for this machine, or for the architecture that ARCH names as Debian does: ARCH=arm64.
-HOST := $(shell dpkg --print-architecture)
+HOST := $(if $(filter aarch64,$(shell uname -m)),arm64,amd64)
 ARCH = $(HOST)
+$(if $(filter amd64 arm64,$(ARCH)),,$(error ARCH=$(ARCH): amd64 and arm64 are known))
 CPU = $(if $(filter arm64,$(ARCH)),aarch64,x86_64)
 CARGO_BUILD_TARGET = $(CPU)-unknown-linux-gnu
 # One static binary, with no path of this machine in it: what is tested is what is shipped.

@@ -191,7 +191,7 @@ fn a_device_gets_its_node_where_dev_is_a_copy() {
         cat target/file
         "$0" --driver-name copy.csi.dev unmount target --data-dir data >&2
         "$0" --driver-name copy.csi.dev status --data-dir data
-        test -b /dev/loop[0-9]*"#;
+        for node in /dev/loop[0-9]*; do test -b "$node"; done"#;
     let script = format!("cd {} && set -e{script}", images.0.path().display());
     let seen = run("unshare", &["--mount", "sh", "-c", &script, harness::binary().to_str().unwrap()]);
     assert_eq!(seen, "imageno volumes, no loop devices\n");

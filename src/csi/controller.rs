@@ -59,16 +59,18 @@ impl Controller {
         let Some(claim) = &class.claim else {
             let Wanted { context, .. } = class.with_what_is_named(None)?;
             let Described { volume, writes_end } = self.described(&request, context)?;
-            if writes_end
-                && !self.has_created(&request, &volume)
-                && let Some((namespace, name)) = template::claim(&request.parameters)
-            {
-                match self.cluster.claims.get(namespace, name).await {
+            let claim =
+                template::claim(&request.parameters).filter(|_| writes_end && !self.has_created(&request, &volume));
+            let claim = claim.map(|(namespace, name)| (namespace.to_owned(), name.to_owned()));
+            // Before the API server is asked: a call that is given up meanwhile does not wait for it again.
+            let volume = self.remember(request, volume)?;
+            if let Some((namespace, name)) = claim {
+                match self.cluster.claims.get(&namespace, &name).await {
                     Ok(claim) => self.cluster.claims.tell(&claim, Reason::WritesEnd, WRITES_END).await,
                     Err(error) => tracing::warn!(%error, "the claim's author is not told that writes end with a pod"),
                 }
             }
-            return self.remember(request, volume);
+            return Ok(volume);
         };
         let claim = self.cluster.claims.get(&claim.namespace, &claim.name).await?;
         let wanted = class.with_what_is_named(Some(&claim.named)).map_err(Error::from);

@@ -12,7 +12,7 @@ use super::mount::{self, DetachedMount, MountAttrFlags, NewMount};
 use super::mountinfo::{self, MountInfo};
 use super::mountstats::{self, NfsCounters};
 use super::namespace::PrivateNamespace;
-use super::selinux::Contexts;
+use super::selinux::{self, Contexts};
 use super::transport::{self, Transport};
 use super::verity::RootHash;
 use super::{Doing, Kernel, Result, nfs, scratch};
@@ -22,32 +22,40 @@ pub struct Linux {
     namespace: PrivateNamespace,
     /// For threads in the namespace, which has none.
     proc: OwnedFd,
-    contexts: Contexts,
+    /// `None` where SELinux is off.
+    contexts: Option<Contexts>,
 }
 
 impl Linux {
     /// Makes the namespace, which needs root.
     pub fn new(contexts: Contexts) -> Result<Self> {
         let (namespace, proc) = (PrivateNamespace::new()?, mount::open_directory(Path::new("/proc"))?);
-        Ok(Linux { namespace, proc, contexts: contexts.in_force()? })
+        Ok(Linux { namespace, proc, contexts: contexts.in_force() })
     }
 }
 
 impl Kernel for Linux {
     fn mount(&self, new: NewMount) -> Result<DetachedMount> {
-        let Some(context) = self.contexts.of(&new) else { return mount::create(new) };
-        mount::create(new.clone().set("context", context)).or_else(|error| match error.errno() {
-            // A superblock that is mounted already keeps the label that it has, or that it has none.
-            Errno::INVAL => {
-                let what = new.what.clone();
-                let mount = mount::create(new).map_err(|_| error)?;
-                tracing::warn!(
-                    "{what} was mounted before with other labels than {context}, and keeps them until it is nowhere"
-                );
-                Ok(mount)
-            }
-            _ => Err(error),
-        })
+        let Some(contexts) = &self.contexts else { return mount::create(new) };
+        let labelled = |context: Option<&str>| {
+            mount::create(match context {
+                Some(context) => new.clone().set("context", context),
+                None => new.clone(),
+            })
+        };
+        let wanted = contexts.of(&new);
+        let error = match labelled(wanted) {
+            Err(error) if error.errno() == Errno::INVAL && selinux::is_of_images(&new) => error,
+            answer => return answer,
+        };
+        let source = new.options.iter().find(|(key, _)| key == "source").and_then(|(_, value)| value.as_deref());
+        let table = mountinfo::read()?;
+        let Some(mounted) = table.iter().find(|mount| Some(&*mount.source) == source) else { return Err(error) };
+        let label = selinux::label_in(&mounted.super_options);
+        let mount = labelled(label).map_err(|_| error)?;
+        let (label, what) = (label.unwrap_or("its own labels"), &new.what);
+        tracing::warn!("{what} is mounted already and keeps {label} until it is nowhere");
+        Ok(mount)
     }
 
     fn bind(&self, directory: BorrowedFd<'_>, recursive: bool, attributes: MountAttrFlags) -> Result<DetachedMount> {
