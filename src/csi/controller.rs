@@ -61,7 +61,6 @@ impl Controller {
             let Described { volume, writes_end } = self.described(&request, context)?;
             let claim =
                 template::claim(&request.parameters).filter(|_| writes_end && !self.has_created(&request, &volume));
-            let claim = claim.map(|(namespace, name)| (namespace.to_owned(), name.to_owned()));
             // Before the API server is asked: a call that is given up meanwhile does not wait for it again.
             let volume = self.remember(request, volume)?;
             if let Some((namespace, name)) = claim {

@@ -102,8 +102,8 @@ pub fn namespace(parameters: &HashMap<String, String>) -> Option<&str> {
 }
 
 /// The namespace and name of that claim.
-pub fn claim(parameters: &HashMap<String, String>) -> Option<(&str, &str)> {
-    Some((namespace(parameters)?, parameters.get(NAME_PARAMETER)?))
+pub fn claim(parameters: &HashMap<String, String>) -> Option<(String, String)> {
+    Some((namespace(parameters)?.to_owned(), parameters.get(NAME_PARAMETER)?.clone()))
 }
 
 /// Reads the parameters of a CreateVolume call. What the values of the context say is left to

@@ -93,7 +93,7 @@ impl Mount {
     }
 
     /// What the root of the writable layer is made with.
-    pub fn root(&self) -> UpperRoot {
+    pub fn upper_root(&self) -> UpperRoot {
         match self {
             Mount::Overlay(overlay) => overlay.root,
             Mount::Attach(_) | Mount::Bind(_) | Mount::Nfs(_) => UpperRoot::default(),

@@ -161,8 +161,11 @@ impl Volumes {
         };
         let images = held.images().into_iter().map(|known| (known.image, known.content)).collect();
         directory.write(&Record::new(publication, images, scratch))?;
-        let upper =
-            storage.map(|storage| UpperLayer { storage, root: publication.mount.root(), group: publication.group });
+        let upper = storage.map(|storage| UpperLayer {
+            storage,
+            root: publication.mount.upper_root(),
+            group: publication.group,
+        });
         Ok(Recorded { upper, is_new })
     }
 

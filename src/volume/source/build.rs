@@ -83,12 +83,11 @@ pub fn overlay_on(directory: &Path, kernel: &dyn Kernel) -> kernel::Result<Detac
 
 fn stack(
     mut layers: Vec<(Layer, DetachedMount)>,
-    upper: Option<&UpperLayer>,
+    layer: Option<&UpperLayer>,
     kernel: &dyn Kernel,
     source: &str,
 ) -> kernel::Result<DetachedMount> {
-    let (root, group) = upper.map_or_else(Default::default, |upper| (upper.root, upper.group));
-    let upper = match upper.map(|upper| &upper.storage) {
+    let upper = match layer.map(|layer| &layer.storage) {
         // Nothing to stack, and the kernel refuses to.
         None if layers.len() == 1 => return Ok(layers.remove(0).1),
         None => None,
@@ -104,17 +103,20 @@ fn stack(
             workspace.attach(&name, mount)?;
             lower.push(name);
         }
-        let Some(upper) = &upper else { return kernel.mount(overlay(source, &lower, None)) };
+        let Some((upper, layer)) = upper.as_ref().zip(layer) else {
+            return kernel.mount(overlay(source, &lower, None));
+        };
         workspace.attach("upper", upper)?;
-        make_upper(&lower[0], root, group).doing(|| "make the upper and work directories".into())?;
+        make_upper(&lower[0], layer).doing(|| "make the upper and work directories".into())?;
         kernel.mount(overlay(source, &lower, Some(("upper/upper", "upper/work"))))
     };
     measured("overlay", || in_namespace(kernel, stack)?)
 }
 
-/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower, as far as `root` says nothing. A `group` may do what its owner
-/// may, and what is made there belongs to it too: as the kubelet has it with `fsGroup`, which for all other directories would copy them up.
-fn make_upper(lower: &str, root: UpperRoot, group: Option<u32>) -> std::io::Result<()> {
+/// The root of an overlay shows the owner and mode of its upper: they are those of the uppermost lower, as far as `root` says nothing. A
+/// `group` may do what its owner may, and what is made there belongs to it too: as the kubelet has it with `fsGroup`, which for all other
+/// directories would copy them up.
+fn make_upper(lower: &str, &UpperLayer { root, group, .. }: &UpperLayer) -> std::io::Result<()> {
     // There already after a reboot of the node, with what the pod wrote.
     if !Path::new("upper/upper").exists() {
         let new = "upper/new";
