@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{NameServerConfig, ResolverConfig, ResolverOpts};
+use hickory_resolver::config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::NetError;
+use hickory_resolver::proto::op::Query;
+use hickory_resolver::proto::rr::{Name, RecordType};
 use hickory_resolver::system_conf::read_system_conf;
+use hickory_resolver::{Hosts, TokioResolver};
 
 use crate::error::{Error, Kind, Result};
 use crate::metrics::Timer;
@@ -60,13 +62,29 @@ pub async fn addresses(host: &str) -> Result<Vec<IpAddr>> {
 }
 
 async fn look_up(host: &str) -> std::result::Result<Vec<IpAddr>, NetError> {
-    let (config, options) = read_system_conf().unwrap_or_else(|error| {
+    let listed = listed(&Hosts::from_system().unwrap_or_default(), host);
+    if !listed.is_empty() {
+        return Ok(listed);
+    }
+    let (config, mut options) = read_system_conf().unwrap_or_else(|error| {
         tracing::debug!(%error, "/etc/resolv.conf names no name server: the node's own is asked, see resolv.conf(5)");
         let own = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
         (ResolverConfig::from_parts(None, Vec::new(), vec![own]), ResolverOpts::default())
     });
+    options.use_hosts_file = ResolveHosts::Never;
     let builder = TokioResolver::builder_with_config(config_for(host, config), Default::default());
     Ok(builder.with_options(options).build()?.lookup_ip(host).await?.iter().collect())
+}
+
+/// What `/etc/hosts` says of a name, of which no name server is asked then: one that is silent would be waited for only to hear that the name
+/// has no address of the other family.
+fn listed(hosts: &Hosts, host: &str) -> Vec<IpAddr> {
+    let Ok(name) = Name::from_ascii(host.to_ascii_lowercase()) else { return Vec::new() };
+    let of = |family| hosts.lookup_static_host(&Query::query(name.clone(), family));
+    let records = [RecordType::A, RecordType::AAAA].into_iter().filter_map(of);
+    records
+        .flat_map(|found| found.answers().iter().filter_map(|record| record.data.ip_addr()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// A name with a dot is looked for as it is. A search domain of the cluster would let a Service of any tenant answer for it: `nas.corp`
@@ -87,6 +105,16 @@ mod tests {
     async fn a_server_with_several_names_has_each_address_once_and_in_their_order() {
         let addresses = all_addresses(&["10.0.0.2", "no such name", "10.0.0.1", "10.0.0.2"]).await.unwrap();
         assert_eq!(addresses, ["10.0.0.2", "10.0.0.1"].map(|address| address.parse::<IpAddr>().unwrap()));
+    }
+
+    #[test]
+    fn a_name_in_the_hosts_file_has_the_addresses_that_it_has_there() {
+        let mut hosts = Hosts::default();
+        hosts.read_hosts_conf(&b"10.0.0.1 nas nas.corp\nfd00::1 nas # 10.0.0.2 nas\n10.0.0.3 nas\n"[..]).unwrap();
+        let listed = |host| listed(&hosts, host).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(listed("nas"), ["10.0.0.1", "10.0.0.3", "fd00::1"]);
+        assert_eq!(listed("NAS.corp"), ["10.0.0.1"]);
+        assert_eq!([listed("na"), listed("nas.corp.example")].concat(), [""; 0]);
     }
 
     #[test]
