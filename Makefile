@@ -305,7 +305,7 @@ test-controller: kubernetes target/tools/helm build
 .PHONY: test-kubernetes
 test-kubernetes: test-controller vm $(REGISTRY) image builder-image ## run the driver in a real cluster (needs Go; 20 minutes where the machine is emulated)
 	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm $(REGISTRY)) \
-		--copy $(ARCHIVE) --copy $(BUILDER_ARCHIVE) --copy charts --copy manifests/examples --copy manifests/gc.yaml --copy e2e/lib.sh --copy e2e/kubernetes \
+		--copy $(ARCHIVE) --copy $(BUILDER_ARCHIVE) --copy charts --copy manifests/examples --copy manifests/gc.yaml --copy manifests/try-it.yaml --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
 
 .PHONY: soak
