@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use super::api::ApiServer;
 use crate::error::{Error, Kind, Result};
 use crate::spec::template::Build;
+use crate::spec::yaml_value;
 
 /// The volume of a Job in which it makes images, and where its container has it.
 const IMAGES: &str = "images";
@@ -37,7 +38,8 @@ pub struct JobTemplate {
 impl JobTemplate {
     /// Reads a Job (YAML), which must have a namespace and a container. `driver_name` is the domain of its annotations.
     pub fn parse(driver_name: &str, text: &str) -> std::result::Result<JobTemplate, String> {
-        let job: DynamicObject = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+        let value = yaml_value(text).map_err(|error| error.to_string())?;
+        let job: DynamicObject = serde_json::from_value(value).map_err(|error| error.to_string())?;
         let of = ApiResource::erase::<Job>(&());
         if !job.types.as_ref().is_some_and(|types| types.api_version == of.api_version && types.kind == of.kind) {
             return Err(format!("it is no {} of {}", of.kind, of.api_version));

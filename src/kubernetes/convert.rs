@@ -118,11 +118,11 @@ struct Objects<'a> {
 }
 
 impl Objects<'_> {
-    fn yaml(&self) -> Result<String, serde_yaml_ng::Error> {
+    fn yaml(&self) -> Result<String, serde_saphyr::ser::Error> {
         let documents = [
-            serde_yaml_ng::to_string(&self.volume())?,
-            serde_yaml_ng::to_string(&self.claim())?,
-            serde_yaml_ng::to_string(&self.pod())?,
+            serde_saphyr::to_string(&self.volume())?,
+            serde_saphyr::to_string(&self.claim())?,
+            serde_saphyr::to_string(&self.pod())?,
         ];
         Ok(documents.join("---\n"))
     }
@@ -252,9 +252,9 @@ mod tests {
         let Converted { documents, notes } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
         assert_eq!(notes.len(), 2, "{notes:?}");
         let [volume, claim, pod] = &documents.split("---\n").collect::<Vec<_>>()[..] else { panic!("{documents}") };
-        let volume: PersistentVolume = serde_yaml_ng::from_str(volume).unwrap();
-        let claim: PersistentVolumeClaim = serde_yaml_ng::from_str(claim).unwrap();
-        let pod: Pod = serde_yaml_ng::from_str(pod).unwrap();
+        let volume: PersistentVolume = serde_saphyr::from_str(volume).unwrap();
+        let claim: PersistentVolumeClaim = serde_saphyr::from_str(claim).unwrap();
+        let pod: Pod = serde_saphyr::from_str(pod).unwrap();
         let attributes = volume.spec.unwrap().csi.unwrap().volume_attributes.unwrap();
         let given: Value = serde_json::from_str(include_str!("../spec/testdata/nfs-loopback.json")).unwrap();
         assert_eq!(serde_json::from_str::<Value>(&attributes["mountSpec"]).unwrap(), given);
@@ -275,7 +275,7 @@ mod tests {
 
     fn container_of(text: &str) -> Container {
         let documents = convert(text, &Policy::default(), &SURROUNDINGS).unwrap().documents;
-        let pod: Pod = serde_yaml_ng::from_str(documents.split("---\n").last().unwrap()).unwrap();
+        let pod: Pod = serde_saphyr::from_str(documents.split("---\n").last().unwrap()).unwrap();
         pod.spec.unwrap().containers.remove(0)
     }
 
@@ -301,7 +301,7 @@ mod tests {
     fn several_servers_of_an_image_stay_several() {
         let text = container("").replace("192.168.3.253", "a, b");
         let Converted { documents, .. } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
-        let volume: PersistentVolume = serde_yaml_ng::from_str(documents.split("---\n").next().unwrap()).unwrap();
+        let volume: PersistentVolume = serde_saphyr::from_str(documents.split("---\n").next().unwrap()).unwrap();
         let attributes = volume.spec.unwrap().csi.unwrap().volume_attributes.unwrap();
         let read = json::parse(&attributes[MOUNT_SPEC]).unwrap();
         assert_eq!(read.mount().sources(), ["image.sqsh (squashfs) of a,b:/images (nfs 4.2)"]);

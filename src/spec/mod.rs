@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 pub use error::SpecError;
 pub use image_parameters::{Cache, Digest, Prefetch, Verity};
 pub use parsed::{Allowed, Parsed};
+pub use read::yaml_value;
 pub use upper::{Upper, UpperRoot};
 
 /// The parameter that holds a JSON `mount` object.

@@ -8,6 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use serde_path_to_error::{Path, Segment};
 
 use super::MAX_DEPTH;
@@ -102,13 +103,23 @@ pub(super) fn json<T: for<'de> Deserialize<'de>>(parameter: &str, text: &str) ->
 /// Reads a YAML mapping. `parameter` is the text's name in errors.
 pub(super) fn yaml<T: for<'de> Deserialize<'de>>(parameter: &str, text: &str) -> Result<T, SpecError> {
     check_size(parameter, text)?;
-    let value: serde_yaml_ng::Value = serde_yaml_ng::from_str(text)
-        .map_err(|error| SpecError::invalid(parameter, "", format!("no YAML: {error}")))?;
+    let value = yaml_value(text).map_err(|error| SpecError::invalid(parameter, "", format!("no YAML: {error}")))?;
     if value.is_null() {
         // Such as of a pipe that nobody wrote to: it must not pass for a decision.
         return Err(SpecError::invalid(parameter, "", "says nothing: write {} if every default is meant"));
     }
     read(parameter, value)
+}
+
+/// What one document of YAML 1.2 says, without references to what is elsewhere.
+pub fn yaml_value(text: &str) -> Result<Value, serde_saphyr::Error> {
+    let options = serde_saphyr::options! {
+        strict_booleans: true,
+        leading_zero_numbers_as_strings: true,
+        underscored_numbers_as_strings: true,
+        with_snippet: false,
+    };
+    serde_saphyr::from_str_with_options(text, options)
 }
 
 fn check_size(parameter: &str, text: &str) -> Result<(), SpecError> {
