@@ -38,8 +38,8 @@ pub struct JobTemplate {
 impl JobTemplate {
     /// Reads a Job (YAML), which must have a namespace and a container. `driver_name` is the domain of its annotations.
     pub fn parse(driver_name: &str, text: &str) -> std::result::Result<JobTemplate, String> {
-        let value = yaml_value(text).map_err(|error| error.to_string())?;
-        let job: DynamicObject = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        let job: DynamicObject =
+            serde_path_to_error::deserialize(yaml_value(text)?).map_err(|error| error.to_string())?;
         let of = ApiResource::erase::<Job>(&());
         if !job.types.as_ref().is_some_and(|types| types.api_version == of.api_version && types.kind == of.kind) {
             return Err(format!("it is no {} of {}", of.kind, of.api_version));

@@ -10,6 +10,8 @@ use serde::de::{Error, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_path_to_error::{Path, Segment};
+use serde_saphyr::UserMessageFormatter;
+use serde_saphyr::options::MergeKeyPolicy;
 
 use super::MAX_DEPTH;
 use super::error::{SpecError, cut, quote, unknown};
@@ -111,15 +113,19 @@ pub(super) fn yaml<T: for<'de> Deserialize<'de>>(parameter: &str, text: &str) ->
     read(parameter, value)
 }
 
-/// What one document of YAML 1.2 says, without references to what is elsewhere.
-pub fn yaml_value(text: &str) -> Result<Value, serde_saphyr::Error> {
+/// What one document of YAML 1.2 says, which has no merge keys, and no tags that mean nothing here; or why it is none.
+pub fn yaml_value(text: &str) -> Result<Value, String> {
     let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! { enforce_alias_anchor_ratio: false },
+        merge_keys: MergeKeyPolicy::Error,
+        reject_unsupported_tags: true,
         strict_booleans: true,
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
         with_snippet: false,
     };
-    serde_saphyr::from_str_with_options(text, options)
+    let value = serde_saphyr::from_str_with_options(text, options);
+    value.map_err(|error| error.render_with_formatter(&UserMessageFormatter))
 }
 
 fn check_size(parameter: &str, text: &str) -> Result<(), SpecError> {
