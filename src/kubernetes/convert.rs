@@ -1,19 +1,9 @@
 //! From a container of the Kraken ImageAPI to the objects that run the same in a cluster: a PersistentVolume with the container's
 //! mount, a claim for it, and a Pod that runs the container's command with it as its root.
 
-use std::collections::BTreeMap;
-
-use k8s_openapi::api::core::v1::{
-    AppArmorProfile, CSIPersistentVolumeSource, Capabilities, Container, EnvVar, ExecAction, Lifecycle,
-    LifecycleHandler, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec,
-    PersistentVolumeClaimVolumeSource, PersistentVolumeSpec, Pod, PodSpec, SeccompProfile, SecurityContext, Volume,
-    VolumeMount, VolumeResourceRequirements,
-};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use kube::api::ObjectMeta;
 use serde::Deserialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 
 use crate::spec::policy::Policy;
 use crate::spec::{MOUNT_SPEC, SpecError, json};
@@ -119,112 +109,93 @@ struct Objects<'a> {
 
 impl Objects<'_> {
     fn yaml(&self) -> Result<String, serde_saphyr::ser::Error> {
-        let documents = [
-            serde_saphyr::to_string(&self.volume())?,
-            serde_saphyr::to_string(&self.claim())?,
-            serde_saphyr::to_string(&self.pod())?,
-        ];
-        Ok(documents.join("---\n"))
+        let documents = [self.volume(), self.claim(), self.pod()].each_ref().map(serde_saphyr::to_string);
+        Ok(documents.into_iter().collect::<Result<Vec<_>, _>>()?.join("---\n"))
     }
 
-    fn metadata(&self) -> ObjectMeta {
-        let namespace = Some(self.surroundings.namespace.to_owned());
-        ObjectMeta { name: Some(self.name.clone()), namespace, ..Default::default() }
+    fn volume(&self) -> Value {
+        let (driver, namespace) = (self.surroundings.driver_name, self.surroundings.namespace);
+        json!({
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": self.name},
+            "spec": {
+                "accessModes": [self.mode],
+                "capacity": {"storage": SIZE},
+                "claimRef": {"name": self.name, "namespace": namespace},
+                "csi": {
+                    "driver": driver,
+                    "volumeAttributes": {MOUNT_SPEC: self.spec},
+                    "volumeHandle": format!("{namespace}/{}", self.name),
+                },
+                "persistentVolumeReclaimPolicy": "Retain",
+                "storageClassName": "",
+            },
+        })
     }
 
-    /// Kubernetes wants a size; the image has the size it has.
-    fn size() -> Option<BTreeMap<String, Quantity>> {
-        Some(BTreeMap::from([("storage".to_owned(), Quantity("1Gi".into()))]))
+    fn claim(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": self.metadata(),
+            "spec": {
+                "accessModes": [self.mode],
+                "resources": {"requests": {"storage": SIZE}},
+                "storageClassName": "",
+                "volumeName": self.name,
+            },
+        })
     }
 
-    fn volume(&self) -> PersistentVolume {
-        let csi = CSIPersistentVolumeSource {
-            driver: self.surroundings.driver_name.to_owned(),
-            volume_handle: format!("{}/{}", self.surroundings.namespace, self.name),
-            volume_attributes: Some(BTreeMap::from([(MOUNT_SPEC.to_owned(), self.spec.clone())])),
-            ..Default::default()
-        };
-        let claim = ObjectReference {
-            namespace: Some(self.surroundings.namespace.to_owned()),
-            name: Some(self.name.clone()),
-            ..Default::default()
-        };
-        let spec = PersistentVolumeSpec {
-            access_modes: Some(vec![self.mode.into()]),
-            capacity: Self::size(),
-            claim_ref: Some(claim),
-            csi: Some(csi),
-            persistent_volume_reclaim_policy: Some("Retain".into()),
-            storage_class_name: Some(String::new()),
-            ..Default::default()
-        };
-        let metadata = ObjectMeta { namespace: None, ..self.metadata() };
-        PersistentVolume { metadata, spec: Some(spec), status: None }
+    fn pod(&self) -> Value {
+        let mut spec = json!({
+            "containers": [self.container()],
+            "restartPolicy": "Never",
+            "volumes": [{"name": "image", "persistentVolumeClaim": {"claimName": self.name}}],
+        });
+        if self.systemd {
+            spec["terminationGracePeriodSeconds"] = SYSTEMD_GRACE.into();
+        }
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": self.metadata(), "spec": spec})
     }
 
-    fn claim(&self) -> PersistentVolumeClaim {
-        let spec = PersistentVolumeClaimSpec {
-            access_modes: Some(vec![self.mode.into()]),
-            resources: Some(VolumeResourceRequirements { requests: Self::size(), limits: None }),
-            storage_class_name: Some(String::new()),
-            volume_name: Some(self.name.clone()),
-            ..Default::default()
-        };
-        PersistentVolumeClaim { metadata: self.metadata(), spec: Some(spec), status: None }
+    fn metadata(&self) -> Value {
+        json!({"name": self.name, "namespace": self.surroundings.namespace})
     }
 
-    fn pod(&self) -> Pod {
-        let claim = PersistentVolumeClaimVolumeSource { claim_name: self.name.clone(), ..Default::default() };
-        let volume = Volume { name: "image".into(), persistent_volume_claim: Some(claim), ..Default::default() };
-        let spec = PodSpec {
-            containers: vec![self.container()],
-            restart_policy: Some("Never".into()),
-            termination_grace_period_seconds: self.systemd.then_some(SYSTEMD_GRACE),
-            volumes: Some(vec![volume]),
-            ..Default::default()
-        };
-        Pod { metadata: self.metadata(), spec: Some(spec), status: None }
-    }
-
-    fn container(&self) -> Container {
+    fn container(&self) -> Value {
         let enter = ["/csi-driver-squashfs", "enter"].into_iter().chain(self.systemd.then_some("--systemd"));
         let enter = enter.chain([MOUNT_PATH, "--"]).map(str::to_owned);
         // Kubernetes replaces $(NAME) in a command, and takes $$ for a dollar.
         let command = self.command.iter().map(|word| word.replace('$', "$$"));
-        let mount = VolumeMount { name: "image".into(), mount_path: MOUNT_PATH.into(), ..Default::default() };
-        let path = EnvVar { name: "PATH".into(), value: Some(PATH.into()), ..Default::default() };
-        Container {
-            name: self.name.clone(),
-            image: Some(self.surroundings.container_image.to_owned()),
-            command: Some(enter.chain(command).collect()),
-            env: Some(vec![path]),
-            lifecycle: self.systemd.then(power_off),
-            security_context: Some(may_mount()),
-            volume_mounts: Some(vec![mount]),
-            ..Default::default()
+        let mut container = json!({
+            "name": self.name,
+            "image": self.surroundings.container_image,
+            "command": enter.chain(command).collect::<Vec<_>>(),
+            "env": [{"name": "PATH", "value": PATH}],
+            // What `enter` needs, which gives the first capability up. The runtime's seccomp profile lets who has it mount; its AppArmor
+            // profile nobody.
+            "securityContext": {
+                "appArmorProfile": {"type": "Unconfined"},
+                "capabilities": {"add": MOUNTING},
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "volumeMounts": [{"name": "image", "mountPath": MOUNT_PATH}],
+        });
+        if self.systemd {
+            // In place of the SIGTERM by which Kubernetes stops a container, and which tells systemd to start itself anew.
+            container["lifecycle"] = json!({"preStop": {"exec": {"command": ["systemctl", "poweroff"]}}});
         }
+        container
     }
-}
-
-/// What systemd is asked instead of the SIGTERM by which Kubernetes stops a container, and which tells systemd to start itself anew.
-fn power_off() -> Lifecycle {
-    let command = Some(vec!["systemctl".into(), "poweroff".into()]);
-    let stop = LifecycleHandler { exec: Some(ExecAction { command }), ..Default::default() };
-    Lifecycle { pre_stop: Some(stop), ..Default::default() }
 }
 
 /// The capabilities to mount, to give that up, and to change the root; a runtime may give none of them by itself.
 const MOUNTING: [&str; 3] = ["SYS_ADMIN", "SETPCAP", "SYS_CHROOT"];
 
-/// What `enter` needs, which gives the first capability up. The runtime's seccomp profile lets who has it mount; its AppArmor profile nobody.
-fn may_mount() -> SecurityContext {
-    SecurityContext {
-        app_armor_profile: Some(AppArmorProfile { type_: "Unconfined".into(), ..Default::default() }),
-        capabilities: Some(Capabilities { add: Some(MOUNTING.map(str::to_owned).into()), drop: None }),
-        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), ..Default::default() }),
-        ..Default::default()
-    }
-}
+/// Kubernetes wants one; the image has the size it has.
+const SIZE: &str = "1Gi";
 
 /// A name that every object and container may have (RFC 1123 label): `image.sqsh` becomes `image-sqsh`.
 fn label(name: &str) -> String {
@@ -237,6 +208,9 @@ fn label(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use k8s_openapi::api::core::v1::{Container, PersistentVolume, PersistentVolumeClaim, Pod};
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
 
     const SURROUNDINGS: Surroundings =
         Surroundings { driver_name: "squashfs.csi.dev", namespace: "default", container_image: "driver" };
@@ -246,15 +220,22 @@ mod tests {
         format!(r#"{{"command": "/sbin/init --name 'a b'", "mount": {mount}{fields}}}"#)
     }
 
+    /// As the API server reads it, which has each field by the name that it has here.
+    fn object<T: DeserializeOwned + Serialize>(document: &str) -> T {
+        let value: Value = serde_saphyr::from_str(document).unwrap();
+        let object: T = serde_json::from_value(value.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&object).unwrap(), value);
+        object
+    }
+
     #[test]
     fn the_container_of_the_image_api_becomes_a_volume_a_claim_and_a_pod() {
         let text = container(r#", "name": "image.sqsh", "state": "running", "systemd": true"#);
         let Converted { documents, notes } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
         assert_eq!(notes.len(), 2, "{notes:?}");
         let [volume, claim, pod] = &documents.split("---\n").collect::<Vec<_>>()[..] else { panic!("{documents}") };
-        let volume: PersistentVolume = serde_saphyr::from_str(volume).unwrap();
-        let claim: PersistentVolumeClaim = serde_saphyr::from_str(claim).unwrap();
-        let pod: Pod = serde_saphyr::from_str(pod).unwrap();
+        let (volume, claim): (PersistentVolume, PersistentVolumeClaim) = (object(volume), object(claim));
+        let pod: Pod = object(pod);
         let attributes = volume.spec.unwrap().csi.unwrap().volume_attributes.unwrap();
         let given: Value = serde_json::from_str(include_str!("../spec/testdata/nfs-loopback.json")).unwrap();
         assert_eq!(serde_json::from_str::<Value>(&attributes["mountSpec"]).unwrap(), given);
@@ -275,7 +256,7 @@ mod tests {
 
     fn container_of(text: &str) -> Container {
         let documents = convert(text, &Policy::default(), &SURROUNDINGS).unwrap().documents;
-        let pod: Pod = serde_saphyr::from_str(documents.split("---\n").last().unwrap()).unwrap();
+        let pod: Pod = object(documents.split("---\n").last().unwrap());
         pod.spec.unwrap().containers.remove(0)
     }
 
@@ -301,7 +282,7 @@ mod tests {
     fn several_servers_of_an_image_stay_several() {
         let text = container("").replace("192.168.3.253", "a, b");
         let Converted { documents, .. } = convert(&text, &Policy::default(), &SURROUNDINGS).unwrap();
-        let volume: PersistentVolume = serde_saphyr::from_str(documents.split("---\n").next().unwrap()).unwrap();
+        let volume: PersistentVolume = object(documents.split("---\n").next().unwrap());
         let attributes = volume.spec.unwrap().csi.unwrap().volume_attributes.unwrap();
         let read = json::parse(&attributes[MOUNT_SPEC]).unwrap();
         assert_eq!(read.mount().sources(), ["image.sqsh (squashfs) of a,b:/images (nfs 4.2)"]);
