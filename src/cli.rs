@@ -242,6 +242,27 @@ pub enum CacheCommand {
     },
 }
 
+#[derive(Subcommand)]
+pub enum ProfileCommand {
+    /// What the pods of this node have read of an image
+    Learned {
+        /// Its path on the server, or a part of its name that no other image has
+        image: String,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
+    /// What of an image file is in the page cache of this machine now
+    Cached {
+        /// The image file
+        image: PathBuf,
+    },
+    /// The files below a directory as `mksquashfs -sort` takes them: first those that are in the page cache of this machine now
+    Files {
+        /// Where an image is mounted, or what one is made of
+        directory: PathBuf,
+    },
+}
+
 /// The flag of subcommands that wait for the kernel.
 #[derive(Args)]
 pub struct Timeout {
@@ -382,6 +403,9 @@ pub enum Command {
         /// The image
         image: PathBuf,
     },
+    /// Print what of an image is read first: IMAGE.profile beside it is where nodes begin that have not used it
+    #[command(subcommand)]
+    Profile(ProfileCommand),
     /// See to the copies of images on this node
     #[command(subcommand)]
     Cache(CacheCommand),

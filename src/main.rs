@@ -4,7 +4,7 @@ mod cli;
 mod plugin;
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use csi_driver_squashfs::spec::policy::Policy;
 use csi_driver_squashfs::spec::{self, Parsed};
 use csi_driver_squashfs::volume::copies::{self, Verified};
 use csi_driver_squashfs::volume::{
-    self, CacheConfig, Config, PrefetchConfig, Publication, Volumes, commit, status, waiting,
+    self, CacheConfig, Config, PrefetchConfig, Publication, Volumes, commit, profile, status, waiting,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -35,7 +35,7 @@ use tracing_subscriber::prelude::*;
 
 use cli::{
     CacheCommand, CacheDir, Cli, Command, Copying, DataDir, Global, LogFormat, Mounting, NodeArguments, Output,
-    PolicyFile, Serve,
+    PolicyFile, ProfileCommand, Serve,
 };
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -88,6 +88,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Move { old, new } => Ok(moved::move_server(old, &new, |moved| println!("{moved}")).await?),
         Command::Seal { image } => seal(&image),
         Command::Verify { image } => verify(&image),
+        Command::Profile(command) => profile(name, command),
         Command::Cache(command) => cache(name, command).await,
         Command::Cluster(command) => plugin::run(name, command).await,
     }
@@ -267,6 +268,20 @@ fn verify(image: &Path) -> Outcome {
     let root = verity::verify(&file).map_err(|error| format!("{}: {error}", image.display()))?;
     println!("{}", verity::hexadecimal(&root));
     Ok(())
+}
+
+fn profile(driver_name: &str, command: ProfileCommand) -> Outcome {
+    let mut out = io::stdout().lock();
+    let profile = match command {
+        ProfileCommand::Learned { image, data_dir } => profile::learned(&data_dir.path(driver_name), &image)?,
+        ProfileCommand::Cached { image } => profile::cached(&image)?,
+        ProfileCommand::Files { directory } => {
+            let lines = profile::files(&directory, |name| warn(&[format!("no line of a sort file can name {name}")]))?;
+            return Ok(out.write_all(&lines)?);
+        }
+    };
+    serde_json::to_writer(&mut out, &profile)?;
+    Ok(writeln!(out)?)
 }
 
 async fn cache(driver_name: &str, command: CacheCommand) -> Outcome {

@@ -1,6 +1,7 @@
 //! Images that are read into the node's memory ahead of their readers.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use super::copies::{make_image, rpcs};
@@ -8,7 +9,7 @@ use super::harness::image::Tree;
 use super::harness::nfs_server::{Link, fresh_caches};
 use super::harness::node::in_time;
 use super::harness::readers::hash;
-use super::harness::{Driver, Volume, run, wait_for};
+use super::harness::{Driver, Volume, binary, run, wait_for};
 use super::server;
 
 fn ahead(id: &str, image: &str) -> Volume {
@@ -102,6 +103,83 @@ fn what_was_read_of_an_image_is_read_ahead_in_fewer_calls_the_next_time() {
     make();
     assert_ne!(use_it(&driver, false).2, digests);
     assert_eq!(read_ahead(&driver), 1);
+}
+
+/// What a node learned is put beside the image for one that knows nothing, and its files into the order that suits it.
+#[test]
+#[ignore = "needs the VM: make test-vm"]
+fn what_one_node_learned_saves_another_calls_and_more_where_files_lie_in_the_order_in_which_they_are_read() {
+    let tree = Tree::new(&[]);
+    for file in 0..64 {
+        let path = format!("of={}/{}", tree.path().display(), name(file));
+        run("dd", &["if=/dev/urandom", &path, "bs=1K", "count=300", "status=none"]);
+    }
+    let image = tree.squashfs("/images/profiled.sqsh");
+    let profile = Path::new("/images/profiled.sqsh.profile");
+    let _ = fs::remove_file(profile);
+    let of = [("server", &*server()), ("share", "/images"), ("image", "profiled.sqsh"), ("overlay", "directory")];
+    let volume = Volume::flat("v", &of).inline().writable();
+    let mut driver = Driver::start_with(&["--prefetch-budget=64Mi"], None);
+    let data_dir = driver.data_dir().display().to_string();
+    let learned = || run_driver(&["profile", "learned", "/images/profiled.sqsh", "--data-dir", &data_dir]);
+    // As a node that never had the image: how often the server was asked until the log had `words`, and then by readers.
+    let use_it = |driver: &mut Driver, words: &str| {
+        fresh_caches();
+        let directory = driver.data_dir().join("learned");
+        let _ = fs::remove_dir_all(&directory);
+        driver.restart_with(&[]);
+        let logged = |driver: &Driver| driver.log().matches(words).count();
+        let (before, earlier) = (rpcs(), logged(driver));
+        let target = driver.publish(&volume, "pod").unwrap();
+        wait_for(words, || logged(driver) > earlier);
+        let read_ahead = rpcs();
+        let digests: Vec<_> = (3..64).step_by(8).map(|file| hash(&target.join(name(file))).unwrap()).collect();
+        let read = rpcs();
+        let order = run_driver(&["profile", "files", target.to_str().unwrap()]);
+        driver.unpublish(&volume, "pod").unwrap();
+        driver.assert_nothing_left();
+        let is_learned =
+            |file: io::Result<fs::DirEntry>| file.unwrap().path().extension().is_some_and(|it| it == "json");
+        wait_for("something to be learned", || fs::read_dir(&directory).into_iter().flatten().any(is_learned));
+        (read_ahead - before, read - read_ahead, digests, order)
+    };
+    let (begun, read, digests, order) = use_it(&mut driver, "listening");
+    fs::write(profile, learned()).unwrap();
+    let (begun_again, read_again, digests_again, _) = use_it(&mut driver, "was read ahead");
+    assert_eq!(digests, digests_again);
+    assert!(read > 20 && read_again < 5, "{read} calls, and then {read_again}");
+
+    assert_eq!(order.lines().filter(|line| !line.contains(" -")).count(), digests.len(), "{order}");
+    assert_eq!(order.lines().count(), 64, "{order}");
+    fs::write("/tmp/order", &order).unwrap();
+    let (tree, to) = (tree.path().to_str().unwrap(), image.to_str().unwrap());
+    run("mksquashfs", &[tree, to, "-noI", "-noX", "-noappend", "-quiet", "-sort", "/tmp/order"]);
+    fs::remove_file(profile).unwrap();
+    assert_eq!(use_it(&mut driver, "listening").2, digests);
+    fs::write(profile, learned()).unwrap();
+    let (begun_sorted, read_sorted, digests_sorted, _) = use_it(&mut driver, "was read ahead");
+    assert_eq!(digests, digests_sorted);
+    let (ahead, sorted) = (begun_again - begun, begun_sorted - begun);
+    println!("{read} calls; {ahead} and {read_again} with a profile; {sorted} and {read_sorted} in that order");
+    assert!(read_sorted < 5 && sorted < ahead && ahead < read, "{read} calls, {ahead}, {sorted}");
+
+    for text in ["", r#"{"version": 1, "size": 1, "parts": []}"#, &" ".repeat(300_000)] {
+        fs::write(profile, text).unwrap();
+        assert_eq!(use_it(&mut driver, "profiled.sqsh.profile of").2, digests);
+    }
+    fs::remove_file(profile).unwrap();
+}
+
+/// With all that has a meaning in a sort file.
+fn name(file: u32) -> String {
+    match file % 8 {
+        3 if file < 32 => format!("a file #{file}"),
+        _ => format!("#{file}\\n"),
+    }
+}
+
+fn run_driver(arguments: &[&str]) -> String {
+    run(binary().to_str().unwrap(), arguments)
 }
 
 #[test]

@@ -69,9 +69,14 @@ impl Watched {
     /// A server that does not answer stops this call alone, unless it falls silent between the read and the mmap: there NFS may ask it once more, with
     /// the memory of the whole process locked. (Without a mapping only cachestat(2) tells what is cached, from Linux 6.5 on.)
     pub fn new(file: File, size: u64) -> Result<Self> {
-        let doing = || "map a file (mmap)".to_owned();
         // What the server says now, NFS believes for some seconds.
         file.read_at(&mut [0], 0).doing(|| "read a file that is to be mapped".into())?;
+        Watched::untouched(file, size)
+    }
+
+    /// The same, of a file that is not read before. Where it has a server, that may be asked with the memory of the process locked.
+    pub fn untouched(file: File, size: u64) -> Result<Self> {
+        let doing = || "map a file (mmap)".to_owned();
         let size = usize::try_from(size).ok().filter(|size| *size > 0).ok_or(Errno::INVAL).doing(doing)?;
         // SAFETY: a new mapping, of which no access is allowed.
         let start =
@@ -80,7 +85,8 @@ impl Watched {
         Ok(Watched { start, size, _file: file })
     }
 
-    /// The parts of the file that are in the page cache now, in their order (mincore(2)). Takes CAP_FOWNER, or the file's owner.
+    /// The parts of the file that are in the page cache now, in their order (mincore(2)). Takes root or the file's owner: to
+    /// others the kernel says that all of it is.
     pub fn cached(&self) -> Result<Vec<Range<u64>>> {
         let page = rustix::param::page_size();
         let (mut parts, mut pages) = (Vec::<Range<u64>>::new(), vec![0_u8; ASKED]);

@@ -70,7 +70,7 @@ use std::time::Duration;
 pub use abnormal::{Abnormal, Harm};
 pub use cache::{Bounds, CacheConfig, Entry, Kept, UnderWay, by_hand as copies};
 pub use publication::{Publication, by_hand};
-pub use report::{Observation, Stats, Usage, commit, status, try_overlay, waiting};
+pub use report::{Observation, Stats, Usage, commit, profile, status, try_overlay, waiting};
 pub use source::{PrefetchConfig, Prefetching, ask_host, where_nfs_answers};
 
 use tokio::time::Instant;
@@ -150,7 +150,7 @@ impl Volumes {
             Some(config) => Cache::new(config, &driver_name),
             None => Cache::off("the driver runs without --cache-quota"),
         };
-        let prefetcher = Prefetcher::new(prefetch, Learned::new(&data_dir.join("learned")));
+        let prefetcher = Prefetcher::new(prefetch, Learned::new(&data_dir));
         let (cache, kernel_too) = (Arc::new(cache), Arc::clone(&kernel));
         let node = Node { host_root: &host_root, read_ahead: nfs_read_ahead, zone };
         let preparer = Preparer::new(kernel_too, policy, mark.clone(), node, cache, prefetcher)?;

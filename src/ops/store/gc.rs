@@ -23,7 +23,7 @@ use crate::kubernetes::inventory::Inventory;
 /// What builders lock, each in the directory that it writes to.
 const LOCK: &str = ".lock";
 /// What lies beside an image and goes with it.
-const COMPANIONS: [&str; 3] = [".root", ".root.minisig", ".minisig"];
+const COMPANIONS: [&str; 4] = [".root", ".root.minisig", ".minisig", ".profile"];
 /// The end of the name of what is to go; it begins with a dot.
 const UNNAMED: &str = ".deleted";
 

@@ -130,7 +130,7 @@ fn what_nobody_names_is_unused_when_the_time_of_grace_is_over() {
 #[test]
 fn what_is_deleted_goes_with_what_lies_beside_it() {
     let it = Fixture::new(&["a.sqsh", "b.sqsh", "layer.sqsh"], &[("x.json", &["layer.sqsh"])]);
-    for companion in ["b.sqsh.root", "b.sqsh.root.minisig", "x.json.minisig", "b.sqsh.txt"] {
+    for companion in ["b.sqsh.root", "b.sqsh.root.minisig", "b.sqsh.profile", "x.json.minisig", "b.sqsh.txt"] {
         fs::write(it.directory.path().join(companion), "").unwrap();
     }
     let named = named(&["/images/a.sqsh"]);

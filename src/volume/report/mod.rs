@@ -7,6 +7,7 @@ mod examine;
 mod layer;
 mod observe;
 mod paths;
+pub mod profile;
 mod stats;
 pub mod status;
 pub mod waiting;

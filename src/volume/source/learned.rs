@@ -8,16 +8,15 @@ use std::ops::Range;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use super::profile::{bounded, pairs, parts_of};
 use crate::lock::lock;
 use crate::volume::cache::Original;
 
-/// What lies no further apart is read together: a call costs as much as so many bytes.
-const GAP: u64 = 64 << 10;
-/// The most parts of an image, and the most images of which something is kept.
-const PARTS: usize = 2048;
+/// The most images of which something is kept.
 const IMAGES: usize = 1000;
 /// The largest file that is read.
 const MAX: u64 = 256 << 10;
@@ -38,29 +37,31 @@ struct Text {
 }
 
 impl Learned {
-    /// It is made when something is written down.
-    pub fn new(directory: &Path) -> Self {
-        Learned { directory: directory.to_owned(), writing: Arc::default() }
+    /// It is made, in this data directory, when something is written down.
+    pub fn new(data_dir: &Path) -> Self {
+        Learned { directory: data_dir.join("learned"), writing: Arc::default() }
+    }
+
+    /// The images of which something is known, the one that was used last at the end.
+    pub fn known(&self) -> io::Result<Vec<Original>> {
+        let files = match self.files() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            files => files?,
+        };
+        // What cannot be read is of no use to anybody.
+        Ok(files.into_iter().filter_map(|(_, path)| Some(text(&path).ok()?.original)).collect())
     }
 
     /// The parts of an image that were read, in their order; none where nothing is known.
     pub fn read(&self, original: &Original) -> Vec<Range<u64>> {
         let path = self.path(original);
-        let read = || match fs::metadata(&path)?.len() {
-            ..=MAX => fs::read(&path),
-            _ => Err(io::ErrorKind::FileTooLarge.into()),
-        };
-        let text = match read() {
-            Ok(text) => serde_json::from_slice::<Text>(&text).map_err(io::Error::from),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
-            Err(error) => Err(error),
-        };
-        match text {
+        match text(&path) {
             Ok(text) if text.original == *original => {
                 // Nobody else writes there; what is not as it was written is of no use.
-                merge(text.parts.into_iter().map(|(start, end)| start..end.min(original.size)).collect(), 0)
+                parts_of(text.parts, original.size)
             }
             Ok(_) => Vec::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => {
                 tracing::warn!("what was read of {} is not known: {}: {error}", original.name, path.display());
                 Vec::new()
@@ -72,17 +73,12 @@ impl Learned {
     pub fn add(&self, original: &Original, parts: Vec<Range<u64>>) -> io::Result<()> {
         let _writing = lock(&self.writing);
         let known = self.read(original);
-        let mut all = merge([known.clone(), parts].concat(), GAP);
-        let mut gap = GAP;
-        while all.len() > PARTS {
-            gap *= 2;
-            all = merge(all, gap);
-        }
+        let all = bounded([known.clone(), parts].concat());
         let path = self.path(original);
         if all == known {
             return touch(&path);
         }
-        let text = Text { original: original.clone(), parts: all.iter().map(|part| (part.start, part.end)).collect() };
+        let text = Text { original: original.clone(), parts: pairs(&all) };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
         self.make_room()?;
         let new = path.with_extension("new");
@@ -92,13 +88,7 @@ impl Learned {
 
     /// Forgets the images that were used longest ago.
     fn make_room(&self) -> io::Result<()> {
-        // What is gone meanwhile makes room, too.
-        let used = |entry: io::Result<fs::DirEntry>| {
-            let entry = entry.ok()?;
-            Some((entry.metadata().and_then(|metadata| metadata.modified()).ok()?, entry.path()))
-        };
-        let mut files: Vec<_> = fs::read_dir(&self.directory)?.filter_map(used).collect();
-        files.sort();
+        let files = self.files()?;
         let surplus = (files.len() + 1).saturating_sub(IMAGES);
         files.iter().take(surplus).try_for_each(|(_, path)| match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -106,8 +96,26 @@ impl Learned {
         })
     }
 
+    /// With the times when they were used, in that order; but for those that are gone meanwhile.
+    fn files(&self) -> io::Result<Vec<(SystemTime, PathBuf)>> {
+        let used = |entry: io::Result<fs::DirEntry>| {
+            let entry = entry.ok()?;
+            Some((entry.metadata().and_then(|metadata| metadata.modified()).ok()?, entry.path()))
+        };
+        let mut files: Vec<_> = fs::read_dir(&self.directory)?.filter_map(used).collect();
+        files.sort();
+        Ok(files)
+    }
+
     fn path(&self, original: &Original) -> PathBuf {
         self.directory.join(format!("{}.json", original.id()))
+    }
+}
+
+fn text(path: &Path) -> io::Result<Text> {
+    match fs::metadata(path)?.len() {
+        ..=MAX => Ok(serde_json::from_slice(&fs::read(path)?)?),
+        _ => Err(io::ErrorKind::FileTooLarge.into()),
     }
 }
 
@@ -115,22 +123,8 @@ impl Learned {
 fn touch(path: &Path) -> io::Result<()> {
     match fs::File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        file => file?.set_modified(std::time::SystemTime::now()),
+        file => file?.set_modified(SystemTime::now()),
     }
-}
-
-/// In their order, those together that lie no further apart than this.
-fn merge(mut parts: Vec<Range<u64>>, gap: u64) -> Vec<Range<u64>> {
-    parts.retain(|part| part.start < part.end);
-    parts.sort_by_key(|part| part.start);
-    let mut merged = Vec::<Range<u64>>::new();
-    for part in parts {
-        match merged.last_mut().filter(|last| part.start <= last.end.saturating_add(gap)) {
-            Some(last) => last.end = last.end.max(part.end),
-            None => merged.push(part),
-        }
-    }
-    merged
 }
 
 #[cfg(test)]
@@ -138,7 +132,7 @@ fn merge(mut parts: Vec<Range<u64>>, gap: u64) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
     use crate::volume::cache::Name;
-    use proptest::prelude::*;
+    use crate::volume::source::profile::{GAP, PARTS};
 
     fn original(changed: u64) -> Original {
         let name = Name { server: "s".into(), mount: "m".into(), export: "/e".into(), path: "p".into() };
@@ -148,7 +142,7 @@ mod tests {
     #[test]
     fn what_is_learned_is_added_up_and_is_of_one_content_of_one_image() {
         let directory = tempfile::tempdir().unwrap();
-        let learned = Learned::new(&directory.path().join("learned"));
+        let learned = Learned::new(directory.path());
         assert!(learned.read(&original(1)).is_empty());
         learned.add(&original(1), vec![1 << 20..2 << 20]).unwrap();
         learned.add(&original(1), vec![8 << 20..9 << 20, (2 << 20) + GAP..3 << 20]).unwrap();
@@ -186,20 +180,7 @@ mod tests {
         for changed in 1..=IMAGES as u64 {
             learned.add(&original(changed), vec![0..1]).unwrap();
         }
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), IMAGES);
+        assert_eq!(fs::read_dir(&learned.directory).unwrap().count(), IMAGES);
         assert!(learned.read(&large).is_empty() && !learned.read(&original(IMAGES as u64)).is_empty());
-    }
-
-    proptest! {
-        #[test]
-        fn merged_parts_are_in_order_apart_and_have_all_that_there_was(
-            parts in prop::collection::vec((0_u64..1000, 0_u64..50), 0..40),
-            gap in 0_u64..30,
-        ) {
-            let parts: Vec<_> = parts.into_iter().map(|(start, length)| start..start + length).collect();
-            let merged = merge(parts.clone(), gap);
-            prop_assert!(merged.windows(2).all(|two| two[0].end + gap < two[1].start));
-            prop_assert!(parts.iter().flat_map(Clone::clone).all(|at| merged.iter().any(|part| part.contains(&at))));
-        }
     }
 }

@@ -5,11 +5,16 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::time::Instant;
 
 use super::ahead::{Prefetcher, Prefetching, Watch};
-use super::prepare::Preparer;
-use super::prepared::AttachedImage;
+use super::layers;
+use super::learned::Learned;
+use super::open_base::OpenBase;
+use super::prepare::{Preparer, symlinks};
+use super::prepared::{AttachedImage, PreparedBase};
+use super::profile::{self, Profile};
 use crate::blocking::{self, OffThread};
 use crate::error::{Error, Result};
 use crate::kernel::image::Image;
@@ -36,29 +41,49 @@ pub(super) struct ToPrefetch {
     file: OffThread<File>,
     original: Original,
     what: Prefetch,
+    places: Option<Places>,
+    /// Where it is to be learned. It keeps the image's base.
+    profile: Option<ReadProfile>,
 }
+
+/// Reads what lies beside an image, for nodes that know nothing of it.
+type ReadProfile = Box<dyn FnOnce() -> kernel::Result<Vec<u8>> + Send>;
 
 impl Preparer {
     /// What is needed to read an image ahead, where its volume wants that.
-    pub(super) fn to_prefetch(&self, spec: &Loopback, image: &Image) -> Result<Option<ToPrefetch>> {
+    pub(super) fn to_prefetch(
+        &self,
+        spec: &Loopback,
+        base: &PreparedBase,
+        image: &Image,
+    ) -> Result<Option<ToPrefetch>> {
         let what = spec.prefetch.unwrap_or(Prefetch::Learned);
         let Some(name) = Name::of(spec).filter(|_| what != Prefetch::None && self.prefetcher.is_on()) else {
             return Ok(None);
         };
         let file = OffThread::new(image.file.try_clone().doing(|| "keep an image open".into())?);
-        Ok(Some(ToPrefetch { file, original: Original::of(name, image), what }))
+        let (original, places) = (Original::of(name, image), base.places());
+        let (kernel, base, symlinks) = (Arc::clone(&self.kernel), base.clone(), symlinks(&spec.base, spec.symlinks));
+        let path = format!("{}.profile", spec.path);
+        let profile: ReadProfile = Box::new(move || {
+            let image = OpenBase::new(base, &*kernel)?.open_image(&path, symlinks)?;
+            // A byte more than it may have, so that too large a one is none.
+            layers::read(&image, &path, profile::MAX + 1)
+        });
+        let profile = Some(profile).filter(|_| what == Prefetch::Learned);
+        Ok(Some(ToPrefetch { file, original, what, places, profile }))
     }
 
     /// Reads an image ahead, as far as the budget goes, unless that was begun before, and sees to it that what is read of it is learned. Nobody
     /// waits for it, and it ends with the image's last user.
-    pub(super) fn prefetch(&self, image: ToPrefetch, attached: &Arc<OffThread<AttachedImage>>, places: Option<Places>) {
+    pub(super) fn prefetch(&self, image: ToPrefetch, attached: &Arc<OffThread<AttachedImage>>) {
         if !attached.ahead.begin() {
             return;
         }
         let (prefetcher, attached) = (Arc::clone(&self.prefetcher), Arc::downgrade(attached));
         let work = async move {
             let name = image.original.name.to_string();
-            if let Err(error) = see_to(&prefetcher, image, &attached, places).await {
+            if let Err(error) = see_to(&prefetcher, image, &attached).await {
                 tracing::warn!("what is read of {name} is not learned: {error}");
             }
         };
@@ -72,33 +97,22 @@ impl Preparer {
     }
 }
 
-async fn see_to(
-    prefetcher: &Prefetcher,
-    image: ToPrefetch,
-    attached: &Weak<OffThread<AttachedImage>>,
-    places: Option<Places>,
-) -> Result<()> {
-    let ToPrefetch { file, original, what } = image;
+async fn see_to(prefetcher: &Prefetcher, image: ToPrefetch, attached: &Weak<OffThread<AttachedImage>>) -> Result<()> {
+    let ToPrefetch { file, original, what, places, profile } = image;
     let (file, name) = (Arc::new(file), original.name.to_string());
     let parts = match what {
         Prefetch::None => Vec::new(),
         Prefetch::All => std::iter::once(0..original.size).collect(),
-        // The kernel is asked about each of its pages.
-        Prefetch::Learned if original.size > MOST_LEARNED => {
-            tracing::info!("{name} has more than {MOST_LEARNED} bytes: it is not learned what is read of it");
-            Vec::new()
-        }
         Prefetch::Learned => {
-            let (file, learned, of) = (Arc::clone(&file), prefetcher.learned().clone(), original.clone());
-            let begin = move || {
-                let file = file.try_clone().doing(|| "keep an image open".into())?;
-                let known = learned.read(&of);
-                let watch = Watch::new(Watched::new(file, of.size)?, of, learned);
-                Ok::<_, kernel::Error>((OffThread::new(watch), known))
-            };
-            let (watch, known) = run_at(places.clone(), format!("look what was read of {name}"), begin).await?;
-            let Some(attached) = attached.upgrade() else { return Ok(()) };
-            attached.ahead.watch(watch);
+            let known = known(prefetcher.learned().clone(), &original, profile, places.clone()).await?;
+            // The kernel is asked about each of its pages.
+            if original.size > MOST_LEARNED {
+                tracing::info!("{name} has more than {MOST_LEARNED} bytes: it is not learned what is read of it");
+            } else {
+                let watch = watch(prefetcher.learned().clone(), &file, &original, places.clone()).await?;
+                let Some(attached) = attached.upgrade() else { return Ok(()) };
+                attached.ahead.watch(watch);
+            }
             known
         }
     };
@@ -130,6 +144,51 @@ async fn see_to(
         }
     }
     Ok(())
+}
+
+/// The parts of an image that this node learned, or else those that the file beside it says.
+async fn known(
+    learned: Learned,
+    image: &Original,
+    profile: Option<ReadProfile>,
+    places: Option<Places>,
+) -> Result<Vec<Range<u64>>> {
+    let of = image.clone();
+    let look = move || Ok::<_, Error>(learned.read(&of));
+    let known = blocking::run("look what was read of an image", look).await?;
+    match profile {
+        Some(read) if known.is_empty() => Ok(beside(read, image, places).await),
+        _ => Ok(known),
+    }
+}
+
+/// None where there is no such file, or none that is of use.
+async fn beside(read: ReadProfile, image: &Original, places: Option<Places>) -> Vec<Range<u64>> {
+    let (name, size) = (&image.name, image.size);
+    let parts = match run_at(places, format!("read what lies beside {name}"), read).await {
+        Ok(text) => Profile::parse(&text, size),
+        Err(error) if matches!(error.errno(), Some(Errno::NOENT | Errno::NAMETOOLONG)) => return Vec::new(),
+        Err(error) => Err(error),
+    };
+    parts.unwrap_or_else(|error| {
+        tracing::warn!("{}.profile of {} is of no use: {error}", name.file(), name.server);
+        Vec::new()
+    })
+}
+
+/// Sees to it that what is read of an image is learned, for as long as what this returns lives.
+async fn watch(
+    learned: Learned,
+    file: &Arc<OffThread<File>>,
+    image: &Original,
+    places: Option<Places>,
+) -> Result<OffThread<Watch>> {
+    let (file, of) = (Arc::clone(file), image.clone());
+    let begin = move || {
+        let file = file.try_clone().doing(|| "keep an image open".into())?;
+        Ok::<_, kernel::Error>(OffThread::new(Watch::new(Watched::new(file, of.size)?, of, learned)))
+    };
+    run_at(places, format!("watch what is read of {}", image.name), begin).await
 }
 
 /// Reads parts of an image, after other images of its server, for as long as anybody has it on its server.

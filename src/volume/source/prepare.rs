@@ -240,10 +240,10 @@ impl Preparer {
         }
         let (base, image) = opened.await?;
         let (content, root) = (image.content, self.root_hash(spec, Some(&base)).await?);
-        let to_prefetch = self.to_prefetch(spec, &image)?;
+        let to_prefetch = self.to_prefetch(spec, &base, &image)?;
         let attached = self.attach(spec, image, root, file_system, Origin::Bases(vec![base.clone()])).await?;
         if let Some(to_prefetch) = to_prefetch {
-            self.prefetch(to_prefetch, &attached, base.places());
+            self.prefetch(to_prefetch, &attached);
         }
         Ok(ImageOnLoop { spec: spec.clone(), content, attached })
     }

@@ -77,7 +77,7 @@ impl Preparer {
                 Some(name) => Some(self.source(Original::of(name, image), image, base)?),
                 None => None,
             };
-            let to_prefetch = if to_copy.is_some() { None } else { self.to_prefetch(spec, image)? };
+            let to_prefetch = if to_copy.is_some() { None } else { self.to_prefetch(spec, base, image)? };
             behind.push((*server, image.identity, base.clone(), to_copy, to_prefetch));
         }
         let (attached, is_new) = self.attach_replicas(spec, replicas, root, file_system).await?;
@@ -88,7 +88,7 @@ impl Preparer {
                 metrics::cache().misses.inc();
                 self.copy_behind(source, identity, base);
             }
-            Some((_, _, base, None, Some(to_prefetch))) => self.prefetch(to_prefetch, &attached, base.places()),
+            Some((_, _, _, None, Some(to_prefetch))) => self.prefetch(to_prefetch, &attached),
             _ => {}
         }
         let content = attached.content;

@@ -89,6 +89,41 @@ async fn what_was_read_of_an_image_is_read_ahead_the_next_time_unless_it_was_rep
 }
 
 #[tokio::test]
+async fn a_node_that_knows_nothing_of_an_image_begins_with_what_lies_beside_it() {
+    let (node, (_alone, read)) = (node().await, counted().await);
+    let write = |name: &str, content: &[u8]| std::fs::write(node.kernel.export().join(name), content).unwrap();
+    write("image", &squashfs(400 << 10));
+    write("image.profile", br#"{"version": 1, "size": 409600, "parts": [[0, 102400]]}"#);
+    publish(&node, "image", None, "a").await;
+    wait_for(|| read() == 100 && node.volumes.prefetching().is_empty(), || format!("{} KiB", read())).await;
+    unpublish(&node, &["a"]).await;
+    // What it learned itself is better: here all of it, which was just written.
+    wait_for(|| learned(&node) == 1, || "nothing is learned".into()).await;
+    publish(&node, "image", None, "b").await;
+    wait_for(|| read() == 500, || format!("{} KiB", read())).await;
+    unpublish(&node, &["b"]).await;
+}
+
+#[tokio::test]
+async fn what_lies_beside_an_image_and_is_no_profile_of_it_says_nothing() {
+    let name = Name { server: "s".into(), mount: "m".into(), export: "/e".into(), path: "p".into() };
+    let image = Original { name, inode: 1, size: 1000, modified: 2, changed: 3 };
+    let parts = |text: kernel::Result<&'static str>| beside(Box::new(|| Ok(text?.into())), &image, None);
+    assert_eq!(parts(Ok(r#"{"version": 1, "size": 1000, "parts": [[7, 90]]}"#)).await.first(), Some(&(7..90)));
+    assert_eq!(parts(Ok(r#"{"version": 1, "size": 1001, "parts": [[7, 90]]}"#)).await, []);
+    assert_eq!(parts(Ok("[")).await, []);
+    for errno in [Errno::NOENT, Errno::NAMETOOLONG, Errno::IO] {
+        assert_eq!(parts(Err(kernel::Error::new("open it", errno))).await, []);
+    }
+}
+
+/// Of how many images something is written down.
+fn learned(node: &Node) -> usize {
+    let files = std::fs::read_dir(node.data_dir().join("learned")).into_iter().flatten();
+    files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|extension| extension == "json")).count()
+}
+
+#[tokio::test]
 async fn a_node_without_a_budget_learns_nothing() {
     let node = Node::new().await;
     publish(&node, "image.sqsh", Some("learned"), "a").await;
