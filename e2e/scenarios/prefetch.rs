@@ -143,7 +143,7 @@ fn what_one_node_learned_saves_another_calls_and_more_where_files_lie_in_the_ord
         wait_for("something to be learned", || fs::read_dir(&directory).into_iter().flatten().any(is_learned));
         (read_ahead - before, read - read_ahead, digests, order)
     };
-    let (begun, read, digests, order) = use_it(&mut driver, "listening");
+    let (begun, read, digests, order) = use_it(&mut driver, "watch what is read of");
     fs::write(profile, learned()).unwrap();
     let (begun_again, read_again, digests_again, _) = use_it(&mut driver, "was read ahead");
     assert_eq!(digests, digests_again);
@@ -155,7 +155,7 @@ fn what_one_node_learned_saves_another_calls_and_more_where_files_lie_in_the_ord
     let (tree, to) = (tree.path().to_str().unwrap(), image.to_str().unwrap());
     run("mksquashfs", &[tree, to, "-noI", "-noX", "-noappend", "-quiet", "-sort", "/tmp/order"]);
     fs::remove_file(profile).unwrap();
-    assert_eq!(use_it(&mut driver, "listening").2, digests);
+    assert_eq!(use_it(&mut driver, "watch what is read of").2, digests);
     fs::write(profile, learned()).unwrap();
     let (begun_sorted, read_sorted, digests_sorted, _) = use_it(&mut driver, "was read ahead");
     assert_eq!(digests, digests_sorted);
