@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
@@ -51,38 +51,66 @@ pub fn cached(image: &Path) -> Result<Profile> {
 }
 
 /// All regular files below a directory, as lines of the file that mksquashfs(1) reads by `-sort`: those of which something is in the page cache of
-/// this machine now come first. `left_out` is told of those that no line can name.
+/// this machine now come first. What is deleted meanwhile is left out. `left_out` is told of the files that no line can name.
 pub fn files(directory: &Path, mut left_out: impl FnMut(&str)) -> Result<Vec<u8>> {
-    let of = |path: &Path, error: io::Error| Error::file("read", path, &error);
-    let mount = |path: &Path| mount_of(path).map_err(|error| of(path, error));
-    let directory = &fs::canonicalize(directory).map_err(|error| of(directory, error))?;
-    let here = mount(directory)?;
-    let (mut first, mut others, mut left) = (Vec::new(), Vec::new(), vec![directory.to_owned()]);
+    let directory = fs::canonicalize(directory).map_err(|error| failed(directory, error))?;
+    if !directory.is_dir() {
+        return Err(failed(&directory, io::ErrorKind::NotADirectory.into()));
+    }
+    let here = mount_of(&directory).map_err(|error| failed(&directory, error))?;
+    let (mut first, mut others, mut left) = (Vec::new(), Vec::new(), vec![directory.clone()]);
     while let Some(path) = left.pop() {
-        let metadata = fs::symlink_metadata(&path).map_err(|error| of(&path, error))?;
-        if mount(&path)? != here {
-            continue;
-        }
-        if metadata.is_dir() {
-            let entries =
-                fs::read_dir(&path).and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect());
-            let mut entries: Vec<_> = entries.map_err(|error| of(&path, error))?;
-            // The last one is taken next.
-            entries.sort_by(|a, b| b.cmp(a));
-            left.append(&mut entries);
-        } else if metadata.is_file() && metadata.len() > 0 {
-            let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
-            let file = file.map_err(|error| of(&path, error))?;
-            let is_first = !cached_of(file, &metadata, &path)?.is_empty();
-            let name = path.strip_prefix(directory).unwrap_or(&path).as_os_str().as_bytes();
-            match (name.contains(&b'\n'), is_first) {
-                (true, _) => left_out(&path.display().to_string()),
-                (false, true) => first.push(name.to_owned()),
-                (false, false) => others.push(name.to_owned()),
+        let found = match look(&path, here) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            found => found.map_err(|error| failed(&path, error))?,
+        };
+        match found {
+            Found::Other => {}
+            Found::Directory(entries) => left.extend(entries),
+            Found::File(file, metadata) => {
+                let is_first = !cached_of(file, &metadata, &path)?.is_empty();
+                let name = path.strip_prefix(&directory).unwrap_or(&path).as_os_str().as_bytes();
+                match (name.contains(&b'\n'), is_first) {
+                    (true, _) => left_out(&format!("{path:?}")),
+                    (false, true) => first.push(name.to_owned()),
+                    (false, false) => others.push(name.to_owned()),
+                }
             }
         }
     }
     Ok(order(&first, &others))
+}
+
+/// The name may be anything that an image or a pod wrote.
+fn failed(path: &Path, error: io::Error) -> Error {
+    Error::new(Kind::Internal, format!("read {path:?}: {error}"))
+}
+
+/// What a path is, to those who look for files with something in them.
+enum Found {
+    File(File, Metadata),
+    /// What is in it; the one to be taken next is the last.
+    Directory(Vec<PathBuf>),
+    Other,
+}
+
+/// `here` is the mount to stay on.
+fn look(path: &Path, here: u64) -> io::Result<Found> {
+    let metadata = fs::symlink_metadata(path)?;
+    if mount_of(path)? != here {
+        return Ok(Found::Other);
+    }
+    if metadata.is_dir() {
+        let mut entries = fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by(|a, b| b.cmp(a));
+        return Ok(Found::Directory(entries));
+    }
+    if !metadata.is_file() || metadata.len() == 0 {
+        return Ok(Found::Other);
+    }
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    Ok(if metadata.len() == 0 { Found::Other } else { Found::File(file, metadata) })
 }
 
 /// `NAME PRIORITY` for each: from 32767 to 1 and from -1 to -32767, so that what is in neither list comes in between. Each has one of its own as far
@@ -114,11 +142,11 @@ fn mount_of(path: &Path) -> io::Result<u64> {
 fn cached_of(file: File, metadata: &Metadata, path: &Path) -> Result<Vec<Range<u64>>> {
     let asker = rustix::process::geteuid().as_raw();
     if asker != 0 && asker != metadata.uid() {
-        let message = format!("see what is cached of {}: the kernel tells root and its owner alone", path.display());
+        let message = format!("see what is cached of {path:?}: the kernel tells root and its owner alone");
         return Err(Error::new(Kind::PermissionDenied, message));
     }
     let cached = Watched::untouched(file, metadata.len()).and_then(|watched| watched.cached());
-    cached.map_err(|error| Error::from(error).about(&path.display().to_string()))
+    cached.map_err(|error| Error::from(error).about(&format!("{path:?}")))
 }
 
 #[cfg(test)]
@@ -156,8 +184,10 @@ mod tests {
         let lines = String::from_utf8(files(directory.path(), |name| left_out.push(name.to_owned())).unwrap()).unwrap();
         // Just written, and so in the page cache.
         assert_eq!(lines, "a 32767\nb/1 24576\nb/c/2 16384\nc 8192\n");
-        assert_eq!(left_out.len(), 1);
-        assert_eq!(files(&at("none"), |_| ()).unwrap_err().kind, Kind::Internal);
+        for none in ["none", "a"] {
+            assert_eq!(files(&at(none), |_| ()).unwrap_err().kind, Kind::Internal);
+        }
+        assert_eq!(left_out, [format!("{:?}", fs::canonicalize(at("new\nline")).unwrap())]);
     }
 
     #[test]

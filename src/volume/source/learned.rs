@@ -48,8 +48,9 @@ impl Learned {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             files => files?,
         };
-        // What cannot be read is of no use to anybody.
-        Ok(files.into_iter().filter_map(|(_, path)| Some(text(&path).ok()?.original)).collect())
+        // What cannot be read, or is just being written, is of no use to anybody.
+        let whole = files.into_iter().filter(|(_, path)| path.extension().is_some_and(|extension| extension == "json"));
+        Ok(whole.filter_map(|(_, path)| Some(text(&path).ok()?.original)).collect())
     }
 
     /// The parts of an image that were read, in their order; none where nothing is known.

@@ -27,6 +27,12 @@ pub struct Profile {
     parts: Vec<(u64, u64)>,
 }
 
+/// What another version begins with, too.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 impl Profile {
     pub fn new(size: u64, parts: Vec<Range<u64>>) -> Self {
         Profile { version: VERSION, size, parts: pairs(&bounded(parts)) }
@@ -42,10 +48,11 @@ impl Profile {
         let place = |error: serde_json::Error| {
             unfit(format!("it is no profile in line {}, column {}", error.line(), error.column()))
         };
-        let profile: Profile = serde_json::from_slice(text).map_err(place)?;
-        if profile.version != VERSION {
-            return Err(unfit(format!("it is of version {}, and this driver knows {VERSION}", profile.version)));
+        let Version { version } = serde_json::from_slice(text).map_err(place)?;
+        if version != VERSION {
+            return Err(unfit(format!("it is of version {version}, and this driver knows {VERSION}")));
         }
+        let profile: Profile = serde_json::from_slice(text).map_err(place)?;
         if profile.size != size {
             return Err(unfit(format!("it is of an image of {} bytes, and this one has {size}", profile.size)));
         }
@@ -129,7 +136,7 @@ mod tests {
             let error = Profile::parse(text.as_bytes(), size).unwrap_err().message;
             assert!(error.len() < 60 && !error.contains("well"), "{error}");
         }
-        let later = format!(r#"{{"version": 2, "size": {size}, "parts": []}}"#);
+        let later = format!(r#"{{"version": 2, "size": {size}, "parts": "elsewhere"}}"#);
         assert!(Profile::parse(later.as_bytes(), size).unwrap_err().message.contains("version 2"));
         assert!(Profile::parse(&[0xff; 100], size).is_err());
     }
