@@ -314,8 +314,19 @@ soak: tools ## run the long tests at full length
 	SOAK=1 cargo test --release --locked --lib many_rounds
 
 .PHONY: bench
-bench: client ## measure against the tools that users would pick, in the virtual machine
-	@$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
+bench: client ## measure against the tools that users would pick, in the virtual machine; into target/bench/bench.csv too
+	@$(VM) --out target/bench --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
+
+.PHONY: plots
+plots: ## draw what the last make bench measured, into docs/pictures
+	/usr/bin/python3 -c 'import matplotlib' 2>/dev/null || { $(APT) update && $(APT) -y install python3-matplotlib; }
+	/usr/bin/python3 e2e/plots target/bench/bench.csv docs/pictures
+
+.PHONY: recording
+recording: client ## record make demo anew, as docs/pictures/demo.svg
+	$(VM) --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/demo -- /root/demo | \
+		e2e/record "make demo: the main job of the driver, step by step" >target/demo.svg
+	mkdir -p docs/pictures && mv target/demo.svg docs/pictures/
 
 .PHONY: lint
 lint: tools cargo-deny advisories target/tools/actionlint ## check format, lints, licences and advisories, shell scripts, workflows, links of docs/, the version (needs Go)
