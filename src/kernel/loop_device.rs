@@ -292,7 +292,8 @@ fn devices(read_only: bool) -> Result<Vec<u32>> {
     let number = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok()?;
         let is_set = |name| std::fs::read_to_string(entry.path().join(name)).is_ok_and(|text| text.trim_end() == "1");
-        (is_set("ro") == read_only && is_set("loop/autoclear")).then_some(number)
+        // One question for each device that has no file, of which there may be many.
+        (is_set("loop/autoclear") && is_set("ro") == read_only).then_some(number)
     };
     Ok(entries.filter_map(|entry| number(entry.ok()?)).collect())
 }
