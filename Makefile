@@ -320,7 +320,8 @@ bench: client ## measure against the tools that users would pick, in the virtual
 .PHONY: plots
 plots: ## draw what the last make bench measured, into docs/pictures
 	/usr/bin/python3 -c 'import matplotlib' 2>/dev/null || { $(APT) update && $(APT) -y install python3-matplotlib; }
-	/usr/bin/python3 e2e/plots target/bench/bench.csv docs/pictures
+	mkdir -p docs/pictures && cp target/bench/bench.csv docs/pictures
+	/usr/bin/python3 e2e/plots docs/pictures/bench.csv docs/pictures
 
 .PHONY: recording
 recording: client ## record make demo anew, as docs/pictures/demo.svg
