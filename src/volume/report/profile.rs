@@ -8,9 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-
 use crate::error::{Error, Kind, Result};
+use crate::kernel::mount::is_mount;
 use crate::kernel::page_cache::Watched;
 use crate::volume::cache::Original;
 use crate::volume::source::Learned;
@@ -19,15 +18,15 @@ pub use crate::volume::source::Profile;
 /// What this node learned of an image: of its last content that was used here. `image` is its path on the server, or a part of its name that
 /// no other image has.
 pub fn learned(data_dir: &Path, image: &str) -> Result<Profile> {
-    let known =
-        Learned::new(data_dir).known().map_err(|error| Error::file("list what is learned in", data_dir, &error))?;
+    let learned = Learned::new(data_dir);
+    let known = learned.known().map_err(|error| Error::file("list what is learned in", data_dir, &error))?;
     let is_exact = |it: &Original| image == it.name.file() || image == it.name.to_string();
     let any_exact = known.iter().any(is_exact);
     let wanted = |it: &&Original| if any_exact { is_exact(it) } else { it.name.to_string().contains(image) };
     let wanted: Vec<_> = known.iter().filter(wanted).collect();
     let names: BTreeSet<_> = wanted.iter().map(|it| it.name.to_string()).collect();
     match wanted.last() {
-        Some(original) if names.len() == 1 => Ok(Profile::new(original.size, Learned::new(data_dir).read(original))),
+        Some(original) if names.len() == 1 => Ok(Profile::new(original.size, learned.read(original))),
         None => {
             let message = format!(
                 "nothing is learned of an image {image:?} in {}: the node must have a budget for what it reads ahead (--prefetch-budget), \
@@ -57,17 +56,14 @@ pub fn files(directory: &Path, mut left_out: impl FnMut(&str)) -> Result<Vec<u8>
     if !directory.is_dir() {
         return Err(failed(&directory, io::ErrorKind::NotADirectory.into()));
     }
-    let here = mount_of(&directory).map_err(|error| failed(&directory, error))?;
     let (mut first, mut others, mut left) = (Vec::new(), Vec::new(), vec![directory.clone()]);
     while let Some(path) = left.pop() {
-        let found = match look(&path, here) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            found => found.map_err(|error| failed(&path, error))?,
-        };
-        match found {
-            Found::Other => {}
-            Found::Directory(entries) => left.extend(entries),
-            Found::File(file, metadata) => {
+        match look(&path, path != directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(&path, error)),
+            Ok(Found::Other) => {}
+            Ok(Found::Directory(entries)) => left.extend(entries),
+            Ok(Found::File(file, metadata)) => {
                 let is_first = !cached_of(file, &metadata, &path)?.is_empty();
                 let name = path.strip_prefix(&directory).unwrap_or(&path).as_os_str().as_bytes();
                 match (name.contains(&b'\n'), is_first) {
@@ -94,10 +90,11 @@ enum Found {
     Other,
 }
 
-/// `here` is the mount to stay on.
-fn look(path: &Path, here: u64) -> io::Result<Found> {
+/// What is mounted below the directory itself is another file system.
+fn look(path: &Path, is_below: bool) -> io::Result<Found> {
     let metadata = fs::symlink_metadata(path)?;
-    if mount_of(path)? != here {
+    // Not by the device: the files of an overlay have others than its directories.
+    if is_below && is_mount(path).map_err(|error| error.errno())? {
         return Ok(Found::Other);
     }
     if metadata.is_dir() {
@@ -132,11 +129,6 @@ fn order(first: &[Vec<u8>], others: &[Vec<u8>]) -> Vec<u8> {
         lines.extend(format!(" {priority}\n").bytes());
     }
     lines
-}
-
-/// The mount that a path is on (statx(2)): the files of an overlay have other devices than its directories.
-fn mount_of(path: &Path) -> io::Result<u64> {
-    Ok(statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
 fn cached_of(file: File, metadata: &Metadata, path: &Path) -> Result<Vec<Range<u64>>> {
