@@ -313,15 +313,33 @@ soak: tools ## run the long tests at full length
 	$(call test_binary,host); $(SUDO) env SOAK=1 $$binary --include-ignored --test-threads=1
 	SOAK=1 cargo test --release --locked --lib many_rounds
 
-.PHONY: bench
-bench: client ## measure against the tools that users would pick, in the virtual machine; into target/bench/bench.csv too
-	@$(VM) --out target/bench --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench -- /root/bench
+# What a scientific Python program imports, as images.
+STACK = target/stack
+$(STACK)/complete: private ring = stack
+$(STACK)/complete: e2e/bench/requirements.txt e2e/bench/stack e2e/bench/loaded.py | tools vm
+	$(SUDO) rm -rf $(@D)
+	python3 -m venv $(@D)/python
+	$(RING) $(@D)/python/bin/pip download -q --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.13 \
+		--platform manylinux2014_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 --require-hashes -r $< -d $(@D)/wheels
+	$(SUDO) e2e/bench/stack $< $(@D)/wheels $(@D)
+	touch $@
+
+# Each in a machine of its own. That of the tests has 3 GiB; a server with more memory offers an rsize of 1 MiB.
+BENCHES = tree python weights nodes
+.PHONY: bench $(BENCHES:%=bench-%)
+bench: $(addprefix bench-,$(or $(FILTER),$(BENCHES))) ## measure against what users would pick, in the virtual machine, into target/bench: an hour; FILTER=tree for one part
+$(BENCHES:%=bench-%): memory = 8192
+bench-tree: memory = 3072
+bench-python bench-nodes: $(STACK)/complete
+bench-python bench-nodes: stack = $(addprefix --copy $(STACK)/,stack.sqsh sorted.sqsh stack.erofs)
+$(BENCHES:%=bench-%): bench-%: client
+	@$(VM) --memory $(memory) --timeout 3600 --out target/bench --copy $(CLIENT) --copy e2e/lib.sh --copy e2e/bench $(stack) -- /root/bench/$*
 
 .PHONY: plots
 plots: ## draw what the last make bench measured, into docs/pictures
 	/usr/bin/python3 -c 'import matplotlib' 2>/dev/null || { $(APT) update && $(APT) -y install python3-matplotlib; }
-	mkdir -p docs/pictures && cp target/bench/bench.csv docs/pictures
-	/usr/bin/python3 e2e/plots docs/pictures/bench.csv docs/pictures
+	mkdir -p docs/pictures && cp $(BENCHES:%=target/bench/%.csv) docs/pictures
+	/usr/bin/python3 e2e/plots docs/pictures
 
 .PHONY: recording
 recording: client ## record make demo anew, as docs/pictures/demo.svg
