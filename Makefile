@@ -219,7 +219,8 @@ cgo = 0
 tags = grpcnotrace
 # Downloads come before: the network has deadlines that are missed by what gets no processor.
 GO_FETCH = CGO_ENABLED=$(cgo) $(GO) list -C $(<D) -tags $(tags) -deps tool >/dev/null
-GO_BUILD = CGO_ENABLED=$(cgo) GOGC=off GOMEMLIMIT=2GiB $(BESIDE) $(GO) build -C $(<D) -trimpath -tags $(tags) -ldflags "-s -w $(1)"
+GO_BESIDE = CGO_ENABLED=$(cgo) GOGC=off GOMEMLIMIT=2GiB $(BESIDE) $(GO)
+GO_BUILD = $(GO_BESIDE) build -C $(<D) -trimpath -tags $(tags) -ldflags "-s -w $(1)"
 # The programs of other projects that tests run, and those that render and check the chart.
 PROGRAMS = $(addprefix target/tools/,csi-sanity helm-docs kubeconform kube-score yq)
 $(PROGRAMS): private ring = programs
@@ -276,7 +277,7 @@ KUBERNETES = $(addprefix target/tools/kubernetes/,containerd containerd-shim-run
 $(KUBERNETES): private ring = kubernetes
 $(KUBERNETES) &: e2e/kubernetes/go.mod | target/tools/helm
 	version=$$(awk '$$1 == "k8s.io/kubernetes" { print $$2 }' $<); numbers=$${version#v}; minor=$${numbers#*.}; \
-	linked=k8s.io/component-base/version; tools=$$($(GO) list -C $(<D) tool | grep -v -e ^helm -e /runc$$); \
+	linked=k8s.io/component-base/version; tools=$$($(GO) list -C $(<D) tool | grep -v -e ^helm -e /runc$$ -e /agnhost$$); \
 	$(call GO_BUILD,-X $$linked.gitVersion=$$version -X $$linked.gitMajor=$${numbers%%.*} -X $$linked.gitMinor=$${minor%%.*}) \
 		-o $(CURDIR)/$(@D)/ $$tools
 	mv $(@D)/server $(@D)/etcd
@@ -307,6 +308,20 @@ test-kubernetes: test-controller vm $(REGISTRY) image builder-image ## run the d
 	$(ALONE) $(VM) --memory 4096 --timeout 3600 $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm $(REGISTRY)) \
 		--copy $(ARCHIVE) --copy $(BUILDER_ARCHIVE) --copy charts --copy manifests/examples --copy manifests/gc.yaml --copy manifests/try-it.yaml --copy e2e/lib.sh --copy e2e/kubernetes \
 		-- /root/kubernetes/node /root/kubernetes/scenarios $(FILTER)
+
+# Kubernetes' own tests of CSI drivers, and the program that their pods run.
+STORAGE = target/tools/storage.test target/tools/agnhost
+$(STORAGE): private ring = storage
+$(STORAGE) &: e2e/kubernetes/go.mod e2e/kubernetes/storage/suite_test.go | target/tools/helm
+	CGO_ENABLED=$(cgo) $(GO) list -C $(<D) -test -deps ./storage >/dev/null
+	$(GO_BESIDE) test -C $(<D) -trimpath -ldflags "-s -w" -c -o $(CURDIR)/target/tools/storage.test ./storage
+	$(GO_BESIDE) build -C $(<D) -trimpath -ldflags "-s -w" -o $(CURDIR)/target/tools/agnhost k8s.io/kubernetes/test/images/agnhost
+	touch $(STORAGE)
+
+.PHONY: test-storage
+test-storage: kubernetes $(STORAGE) target/tools/helm vm image ## run Kubernetes' own tests of CSI drivers (needs Go; hours where the machine is emulated; FILTER=read-only for one definition, FOCUS=name for some tests)
+	$(ALONE) $(VM) --memory 4096 --timeout 14400 --out target/storage $(addprefix --bin ,$(KUBERNETES) $(RUNC) target/tools/helm $(STORAGE)) \
+		$(if $(FOCUS),--env FOCUS="$(FOCUS)") --copy $(ARCHIVE) --copy charts --copy e2e/lib.sh --copy e2e/kubernetes -- /root/kubernetes/node /root/kubernetes/storage/run $(FILTER)
 
 .PHONY: soak
 soak: tools ## run the long tests at full length
